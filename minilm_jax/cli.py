@@ -1,0 +1,155 @@
+"""The command line: parse, call a job, print. Nothing else."""
+
+import importlib
+import logging
+import os
+import runpy
+import signal
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from minilm_jax import __version__
+from minilm_jax.errors import ConfigError, UserError
+
+
+class Command(NamedTuple):
+    """A job: its module is imported only when it is called, so that --help stays instant."""
+
+    module: str
+    configs: tuple[str, ...]
+    """Classes of the job's config; their fields are the command's options."""
+    summary: str
+    experiment: Literal["", "is the config", "is its field run"] = ""
+    """What the experiment file is to the command, where it starts from one."""
+
+
+COMMANDS = {
+    "distill": Command(
+        "distill",
+        ("DistillConfig", "ChainConfig"),
+        "distil a teacher into a student",
+        "is the config",
+    ),
+    "finetune": Command("finetune", ("FinetuneConfig",), "fine-tune on a task", "is the config"),
+    "evaluate": Command("evaluate", ("EvaluateConfig",), "score models on tasks"),
+    "plan": Command(
+        "plan", ("PlanConfig",), "memory, FLOPs and time before any is spent", "is its field run"
+    ),
+    "prepare": Command("prepare", ("PrepareConfig",), "tokenise text into a corpus"),
+    "inspect": Command("inspect", ("InspectConfig",), "show what a corpus holds"),
+    "tokenizer": Command("tokenizer", ("TokenizerConfig",), "learn a new vocabulary"),
+    "convert": Command("convert", ("ConvertConfig",), "carry a checkpoint in or out"),
+}
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run again to continue
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 something the user can mend, 75 stopped and saved."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else EXIT_USER_ERROR
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    _quiet_libraries()
+    try:
+        name, *rest = argv
+        if name not in COMMANDS:
+            raise ConfigError(f"unknown command {name!r}{_nearest(name, COMMANDS)}")
+        module, config = parse(name, rest)
+        module.run(config)
+    except UserError as error:
+        print(f"minilm-jax: {error}", file=sys.stderr)
+        signum = getattr(error, "signum", None)
+        if signum is None:
+            return EXIT_USER_ERROR
+        return 130 if signum == signal.SIGINT else EXIT_STOPPED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
+    """Returns the job's module and its config: an experiment's with the options over it.
+
+    tyro exits with status 2 and names the nearest option for one that does not exist.
+    """
+    import tyro
+
+    command = COMMANDS[name]
+    module = importlib.import_module(f"minilm_jax.jobs.{command.module}")
+    configs = {config: getattr(module, config) for config in command.configs}
+    config_class = next(iter(configs.values()))
+    prog, default = f"minilm-jax {name}", {}
+    if command.experiment:
+        if not arguments or arguments[0].startswith("-"):
+            raise ConfigError(f"{prog} needs an experiment file, such as experiments/quickstart.py")
+        file, *arguments = arguments
+        prog = f"{prog} {file}"
+        experiment = load_experiment(file)
+        if command.experiment == "is its field run":
+            experiment = config_class(run=experiment)
+        config_class = type(experiment)
+        if config_class.__name__ not in configs:
+            known = " or a ".join(configs)
+            raise ConfigError(f"{file} gives a {config_class.__name__}, not a {known}")
+        default = {"default": experiment}
+    config = tyro.cli(
+        config_class, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), **default
+    )
+    return module, config
+
+
+def load_experiment(name: str) -> Any:
+    """Returns what an experiment names: FILE gives its `config`, FILE:NAME another variable."""
+    file, _, variant = name.partition(":")
+    variant = variant or "config"
+    if not Path(file).is_file():
+        beside = [str(path) for path in Path(file).parent.glob("*.py")]
+        raise ConfigError(f"experiment {file} does not exist{_nearest(file, beside)}")
+    try:
+        variables = runpy.run_path(file)
+    except UserError as error:
+        raise ConfigError(f"experiment {file}: {error}") from None
+    if variant not in variables:
+        public = [key for key in variables if not key.startswith("_")]
+        raise ConfigError(f"experiment {file} has no {variant!r}{_nearest(variant, public)}")
+    return variables[variant]
+
+
+def usage() -> str:
+    """Returns the commands with a line each."""
+    lines = ["usage: minilm-jax COMMAND …", "", "commands:"]
+    for name, command in COMMANDS.items():
+        takes = f"{name} EXPERIMENT" if command.experiment else name
+        lines.append(f"  {takes:<22} {command.summary}")
+    lines += ["", "minilm-jax COMMAND … --help shows every option; --version the version."]
+    return "\n".join(lines)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _quiet_libraries() -> None:
+    """Keeps the terminal for the run's own lines, and compiled programs for the next run."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minilm_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    if not [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]:
+        # libtpu is installed where TPU programs are only compiled; without a chip it would ask
+        # the cloud's metadata server for one, for minutes.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Errors a user can act on: the command line prints their sentence and exits with code 2."""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names field or file, value and the way out."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, out of range or does not fit another one."""
+
+
+class CheckpointError(UserError):
+    """A model file or folder is missing, broken or not what it claims to be."""
+
+
+class DataError(UserError):
+    """Text, a tokenizer or a corpus is missing, broken or does not fit the model."""
