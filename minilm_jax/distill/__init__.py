@@ -1,0 +1,1 @@
+"""What the project exists for: relations, objectives, baselines and the student's start."""

@@ -1,0 +1,346 @@
+"""The objectives MiniLM is compared with, so that its comparison can be rerun.
+
+MLM pre-training, soft-label distillation (both need masked tokens), DistilBERT and TinyBERT's
+general distillation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from minilm_jax.data.masking import NOT_PREDICTED, MaskingConfig
+from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params
+from minilm_jax.distill.objectives import mean_squared_error, uniform_layers
+from minilm_jax.encoder.attention import Projections, segment_mask
+from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.encoder import EncoderOutput, encode
+from minilm_jax.encoder.heads import MaskedLM
+from minilm_jax.errors import ConfigError
+from minilm_jax.reductions import Loss, Mean
+
+TOKENS_A_BLOCK = 512
+"""Tokens whose vocabulary scores exist at a time: 60 MB in fp32 at BERT's vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VocabularyObjective(Objective):
+    """Losses over the vocabulary, on masked text: soft labels, masked LM, and a cosine beside them.
+
+    A weight of 0 leaves a part out. `mlm()`, `soft_labels()` and `distilbert()` are the published
+    combinations.
+    """
+
+    soft_weight: float = 1.0
+    """Of T² KL(teacher ‖ student) between vocabulary distributions (Hinton et al. 2015)."""
+    soft_tokens: Literal["masked", "all"] = "masked"
+    """Tokens whose distributions are compared."""
+    temperature: float = 1.0
+    hard_weight: float = 0.0
+    """Of the masked language modelling loss (Devlin et al. 2019)."""
+    cosine_weight: float = 0.0
+    """Of 1 - cos between last hidden states (Sanh et al. 2019)."""
+    mask: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
+
+    def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
+        """Raises ConfigError where a weight is off, or vocabularies or widths must be equal."""
+        weights = (self.soft_weight, self.hard_weight, self.cosine_weight)
+        if min(weights) < 0 or not any(weights):
+            raise ConfigError(f"objective weights are {weights}: none below 0, not all 0")
+        if not self.temperature > 0:
+            raise ConfigError(f"objective.temperature must be above 0, got {self.temperature}")
+        if self.soft_weight and teacher.vocab_size != student.vocab_size:
+            raise ConfigError(
+                f"soft labels need one vocabulary: the student has {student.vocab_size} entries, "
+                f"the teacher {teacher.vocab_size}"
+            )
+        if self.cosine_weight and teacher.hidden_size != student.hidden_size:
+            raise ConfigError(
+                f"the cosine loss compares hidden states: student.hidden_size="
+                f"{student.hidden_size} must be the teacher's {teacher.hidden_size}, or "
+                "objective.cosine_weight 0"
+            )
+
+    def make_loss(
+        self, teacher: EncoderConfig, student: EncoderConfig, compute: Compute
+    ) -> LossFunction:
+        """Returns the weighted sum of the parts, each a mean over the tokens it is about."""
+
+        def loss(
+            student_params: Params, teacher_params: Params, batch: Batch, key: Array | None
+        ) -> Loss:
+            ours = encode(student, student_params["encoder"], batch, compute=compute, key=key)
+            parts: dict[str, tuple[float, Mean]] = {}
+            if self.hard_weight:
+                hard = masked_cross_entropy(student, student_params, ours, batch, compute)
+                parts["mlm"] = (self.hard_weight, hard)
+            if self.soft_weight or self.cosine_weight:
+                plain = dataclasses.replace(compute, remat=False)
+                theirs = encode(teacher, teacher_params["encoder"], batch, compute=plain)
+            valid = batch["segments"] > 0
+            if self.soft_weight:
+                masked = batch["labels"] != NOT_PREDICTED
+                soft = soft_label_divergence(
+                    (teacher, teacher_params, theirs),
+                    (student, student_params, ours),
+                    selected=masked if self.soft_tokens == "masked" else valid,
+                    temperature=self.temperature,
+                    compute=compute,
+                )
+                parts["soft_labels"] = (self.soft_weight, soft)
+            if self.cosine_weight:
+                similarity = cosine(theirs.last_hidden_state, ours.last_hidden_state)
+                distance = jnp.where(valid, 1.0 - similarity, 0.0).sum()
+                count = jnp.sum(valid, dtype=jnp.float32)
+                parts["cosine"] = (self.cosine_weight, Mean(total=distance, count=count))
+            terms = {
+                name: Mean(total=weight * mean.total, count=mean.count)
+                for name, (weight, mean) in parts.items()
+            }
+            return Loss(terms=terms, metrics={}, counts=_counts(batch))
+
+        return loss
+
+    def teacher_layers(self, teacher: EncoderConfig) -> int:
+        """Returns all of them, or 0 where the teacher has no say (plain MLM)."""
+        return teacher.num_hidden_layers if self.soft_weight or self.cosine_weight else 0
+
+    def teacher_heads(self) -> tuple[str, ...]:
+        """Returns the masked LM head where its scores are the labels."""
+        return ("mlm",) if self.soft_weight else ()
+
+    def masking(self) -> MaskingConfig | None:
+        """Returns the objective's masking."""
+        return self.mask
+
+    def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
+        """Returns a fresh masked LM head."""
+        return {"mlm": init_mlm(key, student)}
+
+
+def mlm() -> VocabularyObjective:
+    """Returns plain MLM pre-training: no teacher, only its vocabulary."""
+    return VocabularyObjective(soft_weight=0.0, hard_weight=1.0)
+
+
+def soft_labels(*, temperature: float = 1.0) -> VocabularyObjective:
+    """Returns soft-label distillation of the masked tokens: "MLM-KD" in MiniLM's Table 3."""
+    return VocabularyObjective(temperature=temperature)
+
+
+def distilbert() -> VocabularyObjective:
+    """Returns DistilBERT's triple loss (Sanh et al. 2019), weights of its published command."""
+    return VocabularyObjective(
+        soft_weight=5.0, soft_tokens="all", temperature=2.0, hard_weight=2.0, cosine_weight=1.0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TinyBertObjective(Objective):
+    """TinyBERT's general distillation (Jiao et al. 2020, eqs. 7 to 9).
+
+    Mean squared errors of the embeddings' output, of every mapped layer's hidden states (both
+    through one learned projection of width) and of its attention scores before the softmax.
+    """
+
+    layers: tuple[tuple[int, int], ...] = ()
+    """Pairs of (teacher layer, student layer), from 1; empty spreads them evenly."""
+
+    def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
+        """Raises ConfigError where attention heads differ or a layer does not exist."""
+        if teacher.num_attention_heads != student.num_attention_heads:
+            raise ConfigError(
+                f"TinyBERT compares attention matrices: student.num_attention_heads="
+                f"{student.num_attention_heads} must be the teacher's {teacher.num_attention_heads}"
+            )
+        for teacher_layer, student_layer in self.layers:
+            if not (
+                1 <= teacher_layer <= teacher.num_hidden_layers
+                and 1 <= student_layer <= student.num_hidden_layers
+            ):
+                raise ConfigError(
+                    f"objective.layers names ({teacher_layer}, {student_layer}); there are "
+                    f"{teacher.num_hidden_layers} teacher and {student.num_hidden_layers} student "
+                    "layers"
+                )
+
+    def make_loss(
+        self, teacher: EncoderConfig, student: EncoderConfig, compute: Compute
+    ) -> LossFunction:
+        """Returns the sum of the errors over the mapped layers."""
+        pairs = self.layers or uniform_layers(
+            teacher=teacher.num_hidden_layers, student=student.num_hidden_layers
+        )
+
+        def loss(
+            student_params: Params, teacher_params: Params, batch: Batch, key: Array | None
+        ) -> Loss:
+            plain = dataclasses.replace(compute, remat=False)
+            theirs = encode(teacher, teacher_params["encoder"], batch, compute=plain)
+            ours = encode(student, student_params["encoder"], batch, compute=compute, key=key)
+            segments, project = batch["segments"], student_params["width_projection"]
+            allowed = segment_mask(segments) & (segments > 0)[:, :, None]
+            pairs_of_tokens = jnp.sum(allowed, dtype=jnp.float32)
+            terms = {
+                "embeddings": mean_squared_error(
+                    ours.hidden_states[0] @ project,
+                    theirs.hidden_states[0],
+                    segments=segments,
+                )
+            }
+            for teacher_layer, student_layer in pairs:
+                terms[f"hidden_{student_layer}"] = mean_squared_error(
+                    ours.hidden_states[student_layer] @ project,
+                    theirs.hidden_states[teacher_layer],
+                    segments=segments,
+                )
+                scores = attention_scores(
+                    theirs.projections[teacher_layer - 1], teacher.num_attention_heads
+                )
+                error = attention_scores(
+                    ours.projections[student_layer - 1], student.num_attention_heads
+                ) - jax.lax.stop_gradient(scores)
+                squared = jnp.where(allowed[:, None], error**2, 0.0).mean(axis=1).sum()
+                terms[f"attention_{student_layer}"] = Mean(total=squared, count=pairs_of_tokens)
+            return Loss(terms=terms, metrics={}, counts=_counts(batch))
+
+        return loss
+
+    def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
+        """Returns the projection of width, [D student, D teacher]."""
+        init = jax.nn.initializers.truncated_normal(student.initializer_range)
+        return {"width_projection": init(key, (student.hidden_size, teacher.hidden_size))}
+
+
+Model = tuple[EncoderConfig, Params, EncoderOutput]
+
+
+def soft_label_divergence(
+    teacher: Model,
+    student: Model,
+    *,
+    selected: Bool[Array, "B L"],
+    temperature: float,
+    compute: Compute,
+) -> Mean:
+    """Returns T² KL(softmax(t / T) ‖ softmax(s / T)) of the selected tokens' vocabulary scores."""
+
+    def divergence(
+        teacher_hidden: Float[Array, "N Dt"], student_hidden: Float[Array, "N Ds"]
+    ) -> Float[Array, "N"]:
+        wanted = mlm_logits(teacher[0], teacher[1], teacher_hidden, compute) / temperature
+        found = mlm_logits(student[0], student[1], student_hidden, compute) / temperature
+        log_wanted = jax.nn.log_softmax(jax.lax.stop_gradient(wanted))
+        log_found = jax.nn.log_softmax(found)
+        return temperature**2 * jnp.sum(jnp.exp(log_wanted) * (log_wanted - log_found), axis=-1)
+
+    hidden = (teacher[2].last_hidden_state, student[2].last_hidden_state)
+    return over_selected(divergence, hidden, selected=selected)
+
+
+def masked_cross_entropy(
+    config: EncoderConfig, params: Params, output: EncoderOutput, batch: Batch, compute: Compute
+) -> Mean:
+    """Returns the cross entropy of the labels, mean over the tokens that have one."""
+
+    def cross_entropy(hidden: Float[Array, "N D"], labels: Array) -> Float[Array, "N"]:
+        log_scores = jax.nn.log_softmax(mlm_logits(config, params, hidden, compute))
+        return -jnp.take_along_axis(log_scores, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+
+    labels = batch["labels"]
+    arrays = (output.last_hidden_state, labels)
+    return over_selected(cross_entropy, arrays, selected=labels != NOT_PREDICTED)
+
+
+def over_selected(
+    function: Callable[..., Float[Array, "N"]],
+    arrays: tuple[Array, ...],
+    *,
+    selected: Bool[Array, "B L"],
+) -> Mean:
+    """Returns the mean of a function of single tokens over the selected ones.
+
+    Vocabulary scores of a whole batch are too large to exist at once, and most tokens are not
+    masked. So the selected tokens are brought to the front and taken in blocks, a block without
+    any is not computed, and the backward pass computes each block again. Exact for any number of
+    selected tokens.
+
+    Args:
+      function: from `[N, …]` arrays to a value a token.
+      arrays: `[B, L, …]`.
+      selected: which tokens count.
+    """
+    flat = selected.reshape(-1)
+    blocks = -(-flat.size // TOKENS_A_BLOCK)
+    order = jnp.argsort(~flat, stable=True)
+    padding = blocks * TOKENS_A_BLOCK - flat.size
+
+    def blocked(x: Array) -> Array:
+        x = x.reshape(-1, *x.shape[2:])[order]
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(blocks, TOKENS_A_BLOCK, *x.shape[1:])
+
+    # In a scan nothing can be merged with the forward pass, and the barriers against it, the
+    # default, crash XLA's CPU backend (jaxlib 0.10.2).
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_block(chosen: Array, block: tuple[Array, ...]) -> Array:
+        return jnp.sum(jnp.where(chosen, function(*block), 0.0))
+
+    def add(total: Array, item: tuple[Array, tuple[Array, ...]]) -> tuple[Array, None]:
+        chosen, block = item
+        part = jax.lax.cond(
+            jnp.any(chosen), of_block, lambda *_: jnp.zeros((), jnp.float32), chosen, block
+        )
+        return total + part, None
+
+    chosen = blocked(selected)
+    total, _ = jax.lax.scan(
+        add, jnp.zeros((), jnp.float32), (chosen, tuple(blocked(x) for x in arrays))
+    )
+    return Mean(total=total, count=jnp.sum(flat, dtype=jnp.float32))
+
+
+def mlm_logits(
+    config: EncoderConfig, params: Params, hidden: Float[Array, "N D"], compute: Compute
+) -> Float[Array, "N V"]:
+    """Returns the vocabulary scores of tokens; the decoder is the word embedding table."""
+    head = MaskedLM(config, jnp.dtype(compute.dtype))
+    table = params["encoder"]["embeddings"]["word"]["embedding"]
+    logits: Any = head.apply({"params": params["mlm"]}, hidden, word_embeddings=table)
+    return logits
+
+
+def init_mlm(key: Array, config: EncoderConfig) -> Params:
+    """Returns fresh parameters of a masked LM head."""
+    hidden = jnp.zeros((1, config.hidden_size))
+    table = jnp.zeros((config.vocab_size, config.hidden_size))
+    init = jax.jit(lambda key: MaskedLM(config).init(key, hidden, word_embeddings=table))
+    params: Params = init(key)["params"]
+    return params
+
+
+def attention_scores(projections: Projections, heads: int) -> Float[Array, "B H L L"]:
+    """Returns Q Kᵀ / √K before the softmax, in fp32."""
+    B, L, D = projections.query.shape
+
+    def split(x: Array) -> Array:
+        return x.astype(jnp.float32).reshape(B, L, heads, D // heads).transpose(0, 2, 1, 3)
+
+    scale = (D // heads) ** -0.5
+    query, key = split(projections.query) * scale, split(projections.key)
+    return jnp.einsum("bhqk,bhlk->bhql", query, key)
+
+
+def cosine(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[Array, "*n"]:
+    """Returns the cosine between vectors, in fp32; no gradient to the first."""
+    a, b = jax.lax.stop_gradient(a).astype(jnp.float32), b.astype(jnp.float32)
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-8)
+
+
+def _counts(batch: Batch) -> dict[str, Array]:
+    return {"tokens": jnp.sum(batch["segments"] > 0, dtype=jnp.float32)}

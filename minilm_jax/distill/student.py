@@ -1,0 +1,135 @@
+"""The student: its shape, and where its parameters start."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.encoder.encoder import init_params
+from minilm_jax.errors import ConfigError
+
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Shape and start of the student. What is not named here it shares with its teacher."""
+
+    num_hidden_layers: int = 6
+    hidden_size: int = 384
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    """None is four times the hidden size, as in both papers."""
+    init: Literal["random", "teacher"] = "random"
+    """random: the papers' choice. teacher: blocks copied from `teacher_layers`, and sliced (the
+    first of each head's and each layer's units) where the student is narrower."""
+    teacher_layers: tuple[int, ...] = ()
+    """Layers (from 1) the student's blocks are copied from; empty spreads them evenly."""
+    embeddings: Literal["random", "teacher"] = "random"
+    """teacher takes the embedding tables over (sliced where narrower); init=teacher implies it."""
+
+
+def student_encoder_config(student: StudentConfig, teacher: EncoderConfig) -> EncoderConfig:
+    """Returns the student's encoder: the teacher's family, vocabulary, positions; its own size."""
+    try:
+        return dataclasses.replace(
+            teacher,
+            num_hidden_layers=student.num_hidden_layers,
+            hidden_size=student.hidden_size,
+            num_attention_heads=student.num_attention_heads,
+            intermediate_size=student.intermediate_size or 4 * student.hidden_size,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"student: {error}") from None
+
+
+def spread_layers(layers: int, *, over: int) -> tuple[int, ...]:
+    """Returns `layers` layers (from 1) spread evenly over the teacher's, ending with its last."""
+    return tuple(round((index + 1) * over / layers) for index in range(layers))
+
+
+def init_student(
+    key: Array, config: StudentConfig, teacher: EncoderConfig, teacher_encoder: Tree
+) -> Tree:
+    """Returns the student's encoder parameters before the first step.
+
+    In this order: (1) everything random; (2) `embeddings=teacher` or `init=teacher` replaces the
+    embeddings; (3) `init=teacher` replaces the blocks.
+
+    Args:
+      key: of the random start.
+      config: the student.
+      teacher: the teacher's shape.
+      teacher_encoder: its encoder parameters.
+
+    Raises:
+      ConfigError: the student is larger than what it is to be cut from.
+    """
+    student = student_encoder_config(config, teacher)
+    params = init_params(key, student)
+    if config.init == "random" and config.embeddings == "random":
+        return params
+    for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
+        if getattr(student, name) > getattr(teacher, name):
+            raise ConfigError(
+                f"student.{name}={getattr(student, name)} is larger than the teacher's "
+                f"{getattr(teacher, name)} and cannot start from it; use init=random"
+            )
+    params["embeddings"] = _cut(teacher_encoder["embeddings"], params["embeddings"])
+    if config.init == "teacher":
+        chosen = config.teacher_layers or spread_layers(
+            student.num_hidden_layers, over=teacher.num_hidden_layers
+        )
+        _check_layers(chosen, student, teacher)
+        for index, layer in enumerate(chosen):
+            source = teacher_encoder[f"layer_{layer - 1}"]
+            params[f"layer_{index}"] = _cut_block(
+                source, params[f"layer_{index}"], student, teacher
+            )
+    return params
+
+
+def _check_layers(chosen: Sequence[int], student: EncoderConfig, teacher: EncoderConfig) -> None:
+    if len(chosen) != student.num_hidden_layers:
+        raise ConfigError(
+            f"student.teacher_layers names {len(chosen)} layers for a student of "
+            f"{student.num_hidden_layers}"
+        )
+    for layer in chosen:
+        if not 1 <= layer <= teacher.num_hidden_layers:
+            raise ConfigError(
+                f"student.teacher_layers names layer {layer}; the teacher has layers 1 to "
+                f"{teacher.num_hidden_layers}"
+            )
+
+
+def _cut(source: Any, like: Any) -> Any:
+    """Returns the leading corner of each array, in the shape of `like`."""
+    return jax.tree.map(
+        lambda x, y: jnp.asarray(x)[tuple(slice(size) for size in y.shape)], source, like
+    )
+
+
+def _cut_block(source: Tree, like: Tree, student: EncoderConfig, teacher: EncoderConfig) -> Tree:
+    """Returns a block cut to the student's shape, each kept head keeping its own first units."""
+    wide, narrow = teacher.head_size, student.head_size
+    heads = student.num_attention_heads
+
+    def heads_last(x: Any) -> Array:  # […, H·K] -> […, H'·K']
+        x = jnp.asarray(x).reshape(*x.shape[:-1], teacher.num_attention_heads, wide)
+        x = x[..., :heads, :narrow]
+        return x.reshape(*x.shape[:-2], heads * narrow)
+
+    attention = {
+        name: jax.tree.map(heads_last, source["attention"][name])
+        for name in ("query", "key", "value")
+    }
+    attention["output"] = {
+        "kernel": heads_last(source["attention"]["output"]["kernel"].T).T,
+        "bias": source["attention"]["output"]["bias"],
+    }
+    return _cut({**source, "attention": attention}, like)
