@@ -1,0 +1,40 @@
+"""The model card that stands in every folder we write."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minilm_jax import __version__
+from minilm_jax.convert.model import Model, flatten
+
+
+def model_card(model: Model, architecture: str, *, stored_as: Sequence[str]) -> str:
+    """Returns README.md: what the weights are, where they came from, how to load them."""
+    config = model.config
+    lines = {
+        "architecture": architecture,
+        "layers × width × heads": f"{config.num_hidden_layers} × {config.hidden_size} × "
+        f"{config.num_attention_heads}",
+        "vocabulary": f"{config.vocab_size:,}",
+        "parameters": f"{sum(int(np.prod(leaf.shape)) for _, leaf in flatten(model.params)):,}",
+        "stored as": ", ".join(stored_as),
+        "source": model.source or "trained with minilm_jax",
+        "SHA-256 of the source's weights": model.fingerprint or "none",
+        "written by": f"minilm_jax {__version__}",
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in lines.items())
+    return f"""---
+library_name: transformers
+---
+# {architecture}
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained("path/to/this/folder")
+```
+"""

@@ -1,0 +1,85 @@
+"""From what a user calls a model to a local path: a folder, a file, or an id on the Hub."""
+
+import re
+from pathlib import Path
+
+from minilm_jax.convert.strict_json import read_json
+from minilm_jax.convert.weights import WEIGHT_FILES, find_weights
+from minilm_jax.errors import CheckpointError
+
+# Never code, and one form of the weights: a repository may hold five.
+_SMALL = [
+    "config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "modules.json",
+    "1_Pooling/config.json",
+    "2_Normalize/*",
+]
+_FORMS = (
+    ["model*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
+    ["flax_model*.msgpack", "flax_model.msgpack.index.json"],
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+
+
+def resolve(source: str | Path) -> Path:
+    """Returns the local folder or weight file that `source` names.
+
+    A Hub id (`org/name`, or `org/name@revision`) is downloaded to the Hub's cache. Without a
+    network the cache alone answers, and a download that once stopped half-way is told from a
+    complete one here: the library does not.
+
+    Raises:
+      CheckpointError: there is no such folder, file or complete repository.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    text = str(source)
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or text.startswith((".", "~")):
+        raise CheckpointError(f"{source} does not exist, and is no id of the Hugging Face Hub")
+    return _download(text)
+
+
+def _download(source: str) -> Path:
+    import huggingface_hub  # Half a second, and most runs read a local folder.
+
+    name, _, revision = source.partition("@")
+    try:
+        for form in _FORMS:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision or None, allow_patterns=[*_SMALL, *form]
+                )
+            )
+            if any((folder / file).exists() for file in WEIGHT_FILES):
+                break
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{source} is no local path and cannot be fetched from the Hub: {first}"
+        ) from error
+    check_complete(folder, source=source)
+    return folder
+
+
+def check_complete(folder: Path, *, source: str) -> None:
+    """Returns nothing; raises a CheckpointError when the snapshot lacks a file."""
+    missing = [] if (folder / "config.json").exists() else ["config.json"]
+    weights = find_weights(folder)
+    if weights.name.endswith(".index.json"):
+        mapping = read_json(weights).get("weight_map")
+        shards = set(mapping.values()) if isinstance(mapping, dict) else set()
+        missing += [s for s in sorted(map(str, shards)) if not (folder / s).exists()]
+    if missing:
+        raise CheckpointError(
+            f"the copy of {source} in {folder} lacks {', '.join(missing[:5])}: an earlier download "
+            f"stopped half-way; run again with the network up"
+        )

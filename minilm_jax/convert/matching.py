@@ -1,0 +1,290 @@
+"""The names of a file matched against the family's table, and every problem reported at once."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from minilm_jax.convert.names import HEADS, TABLES, Row, Table
+from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.errors import CheckpointError
+
+# DataParallel, torch.compile, Lightning and sentence-transformers wrap a model before it is saved.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "0.auto_model.", "auto_model.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Match:
+    """One of our parameters, and the foreign tensor it is read from or written to."""
+
+    foreign: str
+    ours: str
+    shape: tuple[int, ...]
+    """The foreign shape."""
+    transform: Literal["same", "transpose"]
+    twins: tuple[str, ...] = ()
+    """Names in this file that must hold the same bytes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a file's names mean."""
+
+    matches: tuple[Match, ...]
+    buffers: tuple[str, ...]
+    """Names in this file that hold no parameter."""
+    skipped: tuple[str, ...]
+    """Names of heads that the file has and nobody asked for."""
+
+
+def match_names(
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    config: EncoderConfig,
+    file: str,
+    architectures: Iterable[str] = (),
+    heads: Iterable[str] | None = None,
+) -> Reading:
+    """Returns which of our parameters each tensor of a file is.
+
+    Args:
+      shapes: every tensor's shape by its name in the file.
+      config: the encoder's shape.
+      file: what errors call the file.
+      architectures: Hugging Face class names from config.json; they promise heads and tell
+        classifiers apart that share a name.
+      heads: the heads to read; None reads what is there, () the encoder alone.
+
+    Raises:
+      CheckpointError: names all unknown, missing and misshaped tensors together.
+    """
+    table = TABLES[config.model_type]
+    actual, problems = _normalise(shapes, table)
+    chosen = _choose_heads(actual, table, file=file, architectures=architectures, heads=heads)
+    rows = _rows(config, {"encoder", *chosen})
+    classes = _classes(rows, actual, shapes)
+    claimed: set[str] = set()
+    matches = []
+    for row in rows:
+        present = [name for name in (row.foreign, *row.twins) if name in actual]
+        if row.part == "encoder" and "mlm" not in chosen:
+            # The decoder tied to the word embeddings is then a head's tensor like any other.
+            present = present[:1]
+        claimed.update(present)
+        if not present:
+            problems.append(f"missing {row.foreign} for {row.ours}")
+            continue
+        wanted = _shape(row, config, classes)
+        for name in present:
+            found = tuple(shapes[actual[name]])
+            if found != wanted:
+                hint = " (transposed?)" if found == wanted[::-1] else ""
+                problems.append(
+                    f"misshaped {actual[name]}: {list(found)}, "
+                    f"config.json says {list(wanted)}{hint}"
+                )
+        matches.append(
+            Match(
+                foreign=actual[present[0]],
+                ours=row.ours,
+                shape=wanted,
+                transform=row.transform,
+                twins=tuple(actual[name] for name in present[1:]),
+            )
+        )
+    buffers = [name for name in table.buffers if name in actual]
+    known = {n for row in _rows(config, {"encoder", *HEADS}) for n in (row.foreign, *row.twins)}
+    skipped = [name for name in actual if name in known and name not in claimed]
+    leftover = set(actual) - claimed - set(buffers) - set(skipped)
+    problems.extend(f"unknown {actual[name]}" for name in sorted(leftover))
+    if problems:
+        raise CheckpointError(_report(file, config, problems, chosen))
+    return Reading(
+        matches=tuple(matches),
+        buffers=tuple(actual[name] for name in buffers),
+        skipped=tuple(actual[name] for name in skipped),
+    )
+
+
+def write_names(
+    shapes: Mapping[str, Sequence[int]], *, config: EncoderConfig
+) -> tuple[str, tuple[Match, ...]]:
+    """Returns the Hugging Face class that holds these parameters, and each one's name in it.
+
+    Args:
+      shapes: every parameter's shape by its path, `encoder/…` and heads.
+      config: the encoder's shape.
+
+    Raises:
+      CheckpointError: no class holds these heads, or parameters are unknown, missing or misshaped.
+    """
+    table = TABLES[config.model_type]
+    parts = {path.split("/", 1)[0] for path in shapes}
+    heads = frozenset(parts - {"encoder", "pooler"})
+    architecture = next((a for a, has in table.architectures.items() if has == heads), None)
+    if architecture is None:
+        raise CheckpointError(
+            f"no {config.model_type} class of Hugging Face holds the heads {sorted(heads)} "
+            f"at once: write one of them"
+        )
+    rows = _rows(config, {"encoder", *parts})
+    foreign_shapes = {
+        row.ours: tuple(shapes[row.ours])[:: -1 if row.transform == "transpose" else 1]
+        for row in rows
+        if row.ours in shapes
+    }
+    by_name = {row.foreign: foreign_shapes[row.ours] for row in rows if row.ours in foreign_shapes}
+    classes = _classes(rows, {name: name for name in by_name}, by_name)
+    prefix = f"{table.prefix}." if heads else ""
+    problems, matches = [], []
+    for row in rows:
+        wanted = _shape(row, config, classes)
+        if row.ours not in shapes:
+            problems.append(f"missing {row.ours}")
+        elif foreign_shapes[row.ours] != wanted:
+            problems.append(
+                f"misshaped {row.ours}: {list(shapes[row.ours])}, as {row.foreign} it must be "
+                f"{list(wanted)}"
+            )
+        name = prefix + row.foreign if row.backbone else row.foreign
+        matches.append(Match(foreign=name, ours=row.ours, shape=wanted, transform=row.transform))
+    if len({match.foreign for match in matches}) < len(matches):
+        problems.append("both pooler and sequence_classifier: BERT has one tensor for the two")
+    problems.extend(f"unknown {path}" for path in sorted(set(shapes) - {row.ours for row in rows}))
+    if problems:
+        raise CheckpointError(_report("the parameters to write", config, problems, sorted(heads)))
+    return architecture, tuple(matches)
+
+
+def _normalise(
+    shapes: Mapping[str, Sequence[int]], table: Table
+) -> tuple[dict[str, str], list[str]]:
+    """Returns the table's name → the file's name, and collisions."""
+    actual: dict[str, str] = {}
+    problems = []
+    for name in shapes:
+        plain = canonical_name(name, prefix=table.prefix)
+        if plain in actual:
+            problems.append(f"twice {plain}: as {actual[plain]} and as {name}")
+        else:
+            actual[plain] = name
+    return actual, problems
+
+
+def canonical_name(name: str, *, prefix: str) -> str:
+    """Returns `name` without wrappers and prefix, and with today's LayerNorm names."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for lead in (*_WRAPPERS, f"{prefix}."):
+            if name.startswith(lead):
+                name, stripped = name[len(lead) :], True
+    if name.endswith(".gamma"):
+        return name[: -len("gamma")] + "weight"
+    if name.endswith(".beta"):
+        return name[: -len("beta")] + "bias"
+    return name
+
+
+def _choose_heads(
+    actual: Mapping[str, str],
+    table: Table,
+    *,
+    file: str,
+    architectures: Iterable[str],
+    heads: Iterable[str] | None,
+) -> list[str]:
+    own: dict[str, set[str]] = {}
+    for row in table.rows:
+        if row.part != "encoder" and (not row.backbone or row.part == "pooler"):
+            own.setdefault(row.part, set()).update((row.foreign, *row.twins))
+    if heads is not None:
+        unknown = set(heads) - set(own)
+        if unknown:
+            raise CheckpointError(
+                f"{file}: heads {sorted(unknown)} do not exist in this family; "
+                f"there are {', '.join(own)}"
+            )
+        return sorted(heads)
+    promised: set[str] = set()
+    for name in architectures:
+        promised |= table.architectures.get(name, frozenset())
+    found = {part for part, names in own.items() if names & set(actual)}
+    if {"sequence_classifier", "token_classifier"} <= found:
+        found -= {"sequence_classifier", "token_classifier"}
+        found.add(_which_classifier(actual, own, promised, file))
+    found |= promised
+    # BERT's pooler is then that head's first layer.
+    pooled = {r.foreign for r in table.rows if r.part == "sequence_classifier" and r.backbone}
+    if pooled and "sequence_classifier" in found:
+        found.discard("pooler")
+    return sorted(found)
+
+
+def _which_classifier(
+    actual: Mapping[str, str], own: Mapping[str, set[str]], promised: set[str], file: str
+) -> str:
+    both = ("sequence_classifier", "token_classifier")
+    named = [part for part in both if part in promised]
+    if len(named) == 1:
+        return named[0]
+    explained = {part: len(own[part] & set(actual)) for part in both}
+    if explained[both[0]] == explained[both[1]]:
+        raise CheckpointError(
+            f"{file}: `classifier` may belong to sequence_classifier or token_classifier and "
+            f"config.json's architectures does not say which: name it with heads"
+        )
+    return max(both, key=lambda part: explained[part])
+
+
+def _rows(config: EncoderConfig, parts: Iterable[str]) -> list[Row]:
+    """Returns the family's rows of these parts, layers written out."""
+    wanted = set(parts)
+    absent = {"T": config.type_vocab_size == 0, "G": config.n_langs == 0}
+    rows = []
+    for row in TABLES[config.model_type].rows:
+        if row.part not in wanted or any(absent.get(letter, False) for letter in row.shape.split()):
+            continue
+        if "{i}" not in row.foreign:
+            rows.append(row)
+            continue
+        rows.extend(
+            dataclasses.replace(row, foreign=row.foreign.format(i=i), ours=row.ours.format(i=i))
+            for i in range(config.num_hidden_layers)
+        )
+    return rows
+
+
+def _classes(
+    rows: Iterable[Row], actual: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    """Returns each classifier's number of classes, which only its bias knows."""
+    return {
+        row.part: shapes[actual[row.foreign]][0]
+        for row in rows
+        if row.shape == "C" and row.foreign in actual and len(shapes[actual[row.foreign]]) == 1
+    }
+
+
+def _shape(row: Row, config: EncoderConfig, classes: Mapping[str, int]) -> tuple[int, ...]:
+    sizes = {
+        "V": config.vocab_size,
+        "P": config.max_position_embeddings,
+        "T": config.type_vocab_size,
+        "G": config.n_langs,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "C": classes.get(row.part, 0),
+    }
+    return tuple(sizes[n] if n in sizes else int(n) for n in row.shape.split())
+
+
+def _report(file: str, config: EncoderConfig, problems: Sequence[str], heads: Sequence[str]) -> str:
+    shown = problems[:50]
+    more = f"\n  … and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    return (
+        f"{file} is not a complete {config.model_type} encoder"
+        f"{' with ' + ', '.join(heads) if heads else ''} "
+        f"({len(problems)} problems; heads=() reads the encoder alone):\n  "
+        + "\n  ".join(shown)
+        + more
+    )

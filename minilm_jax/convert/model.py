@@ -1,0 +1,53 @@
+"""A model in memory: the encoder's shape, its parameters, and where they came from."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from minilm_jax.convert.sentence import Sentence
+from minilm_jax.encoder.config import EncoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """An encoder with the heads its checkpoint had."""
+
+    config: EncoderConfig
+    params: dict[str, Any]
+    """`{"encoder": …}` and one entry per head: pooler, mlm, next_sentence, sequence_classifier,
+    token_classifier, span; fp32."""
+    hf_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The source's config.json; what says no shape (labels, task settings) is written along."""
+    source: str = ""
+    """The folder, file or Hub id it was read from."""
+    fingerprint: str = ""
+    """SHA-256 of the weights; of the lines "<name> <sha256>" where there are several files."""
+    tokenizer_folder: Path | None = None
+    """Where the source's tokenizer files lie."""
+    sentence: Sentence | None = None
+    """How the source makes sentence embeddings, if it is a sentence-transformers folder."""
+    stored_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Each parameter's dtype in the source, by path; empty for a model trained here."""
+
+
+def flatten(params: Mapping[str, Any], *, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Returns (path, leaf) of nested dicts, paths joined by "/"."""
+    for key, value in params.items():
+        here = f"{path}/{key}" if path else key
+        if isinstance(value, Mapping):
+            yield from flatten(value, path=here)
+        else:
+            yield here, value
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts of {path: leaf}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
