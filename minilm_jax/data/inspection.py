@@ -1,0 +1,89 @@
+"""What a corpus holds, for people: counts, lengths, languages, packing, and some of its rows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from minilm_jax.data.batches import BatchConfig, Batches
+from minilm_jax.data.corpus import Corpus, Split
+from minilm_jax.data.tokenizers import load_tokenizer
+from minilm_jax.errors import DataError
+
+_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Figures of one split and a few decoded rows."""
+
+    documents: int
+    tokens: int
+    dtype: str
+    shards: int
+    tokenizer: str
+    skipped: dict[str, int]
+    length_percentiles: dict[int, int]
+    """Tokens of a document, by percentile."""
+    languages: dict[str, "LanguageCount"]
+    efficiency: float
+    """Share of the tokens of packed rows that are not padding, special tokens included."""
+    rows_per_epoch: int
+    rows: tuple[str, ...]
+    """Decoded rows of step 0."""
+
+
+@dataclass(frozen=True)
+class LanguageCount:
+    """How much of a language there is."""
+
+    documents: int
+    tokens: int
+
+
+def inspect_corpus(
+    folder: str | Path,
+    *,
+    split: Split = "train",
+    sequence_length: int = 512,
+    layout: Literal["packed", "padded"] = "packed",
+    rows: int = 3,
+    verify: Literal["auto", "hashes", "sizes"] = "auto",
+) -> Inspection:
+    """Returns the figures of a split, and its first rows under seed 0.
+
+    Raises:
+        DataError: The corpus is unfinished, damaged, or the split is empty.
+    """
+    corpus = Corpus.open(folder, split=split, verify=verify)
+    tokenizer = load_tokenizer(corpus.folder / "tokenizer")
+    if rows < 1:
+        raise DataError(f"rows is {rows}: give at least 1")
+    config = BatchConfig(batch_size=rows, sequence_length=sequence_length, layout=layout)
+    batches = Batches([corpus], config, seed=0, tokenizer=tokenizer)
+    batch = batches.at(0)
+    decoded = tuple(
+        tokenizer.decode(ids[segments > 0])
+        for ids, segments in zip(batch["input_ids"], batch["segments"], strict=True)
+    )
+    lengths, languages = corpus.lengths, corpus.document_languages
+    percentiles = np.percentile(lengths, _PERCENTILES, method="nearest")
+    return Inspection(
+        documents=len(corpus),
+        tokens=corpus.num_tokens,
+        dtype=corpus.manifest.dtype,
+        shards=len(corpus.manifest.splits[split]),
+        tokenizer=f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:8]}",
+        skipped=dict(corpus.manifest.skipped),
+        length_percentiles=dict(zip(_PERCENTILES, map(int, percentiles), strict=True)),
+        languages={
+            code: LanguageCount(
+                documents=int((languages == i).sum()), tokens=int(lengths[languages == i].sum())
+            )
+            for i, code in enumerate(corpus.languages)
+        },
+        efficiency=batches.efficiency,
+        rows_per_epoch=batches.rows_per_epoch,
+        rows=decoded,
+    )

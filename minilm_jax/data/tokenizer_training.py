@@ -1,0 +1,200 @@
+"""New vocabularies, in folders that both `load_tokenizer` and transformers read."""
+
+import io
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers as rust
+
+from minilm_jax.data.documents import Document
+from minilm_jax.data.tokenizers import (
+    SENTENCEPIECE_FILE,
+    Tokenizer,
+    load_tokenizer,
+    wordpiece_spec,
+)
+from minilm_jax.errors import DataError
+
+_BERT_NAMES = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+_XLMR_NAMES = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+_ROLE_ORDER = ("cls", "sep", "pad", "unk", "mask")
+# <pad> and <mask>: XLM-R has them, a SentencePiece model has not.
+_ADDED_BY_XLMR = 2
+_LONGEST_SENTENCE = 16_384
+
+
+def train_wordpiece(
+    documents: Iterable[Document],
+    *,
+    output: str | Path,
+    vocab_size: int = 30_522,
+    lowercase: bool = True,
+    longest_input: int = 512,
+) -> Tokenizer:
+    """Returns a new BERT tokenizer, written to the folder `output`.
+
+    The library breaks ties between equally frequent pairs by chance: two runs may differ in a few
+    pieces, so keep the vocabulary, not the recipe.
+
+    Args:
+        documents: Text to learn from.
+        output: A folder that does not exist yet.
+        vocab_size: Pieces, special ones included; little text may give fewer.
+        lowercase: Whether case and accents are dropped.
+        longest_input: Tokens that models of this vocabulary take, for transformers.
+
+    Raises:
+        DataError: The folder exists, the vocabulary is too small, or there is no text.
+    """
+    with _new_folder(output) as folder:
+        names = list(_BERT_NAMES.values())
+        if vocab_size <= len(names):
+            raise DataError(f"vocab_size is {vocab_size}: give more than the {len(names)} specials")
+        learner = rust.Tokenizer(rust.models.WordPiece(unk_token="[UNK]"))
+        learner.normalizer = rust.normalizers.BertNormalizer(lowercase=lowercase)
+        learner.pre_tokenizer = rust.pre_tokenizers.BertPreTokenizer()
+        trainer = rust.trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=names,
+            continuing_subword_prefix="##",
+            show_progress=False,
+        )
+        learner.train_from_iterator((d.text for d in _some(documents)), trainer=trainer)
+        vocab = learner.get_vocab(with_added_tokens=True)
+        pieces = sorted(vocab, key=lambda piece: vocab[piece])
+        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), "utf-8")
+        spec = wordpiece_spec(
+            vocab,
+            special_names=[_BERT_NAMES[f"{role}_token"] for role in _ROLE_ORDER],
+            lowercase=lowercase,
+            strip_accents=None,
+            chinese=True,
+        )
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+        settings = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": lowercase,
+            "strip_accents": None,
+            "tokenize_chinese_chars": True,
+            "model_max_length": longest_input,
+            **_BERT_NAMES,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
+    return load_tokenizer(output)
+
+
+def train_sentencepiece(
+    documents: Iterable[Document],
+    *,
+    output: str | Path,
+    vocab_size: int = 250_002,
+    character_coverage: float = 0.9995,
+    sentences: int = 10_000_000,
+    longest_input: int = 512,
+    threads: int = 4,
+) -> Tokenizer:
+    """Returns a new unigram SentencePiece tokenizer in XLM-R's layout, written to `output`.
+
+    Args:
+        documents: Text to learn from; every line is a sentence.
+        output: A folder that does not exist yet.
+        vocab_size: Pieces, special ones included.
+        character_coverage: Share of the characters that get a piece; the rest are unknown.
+        sentences: At most so many are drawn from the text and held in memory.
+        longest_input: Tokens that models of this vocabulary take, for transformers.
+        threads: For the training itself.
+
+    Raises:
+        DataError: The folder exists, or the text does not give so large a vocabulary.
+    """
+    import sentencepiece
+
+    with _new_folder(output) as folder:
+        model = io.BytesIO()
+        sentencepiece.set_random_generator_seed(0)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(_some(documents)),
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=vocab_size - _ADDED_BY_XLMR,
+                character_coverage=character_coverage,
+                input_sentence_size=sentences,
+                shuffle_input_sentence=True,
+                max_sentence_length=_LONGEST_SENTENCE,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                num_threads=threads,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise DataError(
+                f"vocab_size is {vocab_size}: SentencePiece refuses ({reason}); give another size"
+                " or more text"
+            ) from error
+        (folder / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
+        settings = {
+            "tokenizer_class": "XLMRobertaTokenizer",
+            "model_max_length": longest_input,
+            **_XLMR_NAMES,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
+    return load_tokenizer(output)
+
+
+def _some(documents: Iterable[Document]) -> Iterator[Document]:
+    iterator = iter(documents)
+    first = next(iterator, None)
+    if first is None:
+        raise DataError("there is no text to learn a vocabulary from; check the source")
+    return itertools.chain([first], iterator)
+
+
+def _sentences(documents: Iterable[Document]) -> Iterator[str]:
+    for document in documents:
+        # The null character ends a sentence in C++.
+        for line in document.text.replace("\0", " ").splitlines():
+            if line.strip():
+                yield line
+
+
+class _new_folder:  # noqa: N801 — a context manager reads as a function
+    """A folder that appears whole or not at all."""
+
+    def __init__(self, output: str | Path) -> None:
+        self._output = Path(output)
+
+    def __enter__(self) -> Path:
+        if self._output.exists():
+            raise DataError(f"{self._output}: exists already; give a new folder")
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        self._beside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self._output.parent))
+        self._beside.chmod(0o755)
+        return self._beside
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self._beside.rename(self._output)
+        else:
+            shutil.rmtree(self._beside)
