@@ -1,0 +1,1 @@
+"""The papers' tasks: official files → examples → features → predictions → the official metric."""

@@ -1,0 +1,82 @@
+"""What every reader yields, and the list of what a reader left out."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from minilm_jax.errors import DataError
+
+LISTED = 20
+"""Skipped examples that are named one by one; the rest is only counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextExample:
+    """A text or a pair of texts to classify or to score."""
+
+    id: str
+    """What the official submission calls it, usually the row's index."""
+    text: str
+    text_pair: str | None = None
+    label: str | float | None = None
+    """A class name, a score (STS-B), or None where the split hides it."""
+    language: str = "en"
+    origin: str = ""
+    """File and line, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A gold answer: its text and the character of the context it begins at."""
+
+    text: str
+    start: int
+
+    @property
+    def end(self) -> int:
+        """The character after the last one."""
+        return self.start + len(self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionExample:
+    """A question on a context that holds its answer, or does not (SQuAD 2.0)."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[Answer, ...] = ()
+    """Gold answers; empty where there is none or the split hides them."""
+    language: str = "en"
+    """Of the context and so of the answer: it decides MLQA's metric."""
+    question_language: str = "en"
+    origin: str = ""
+
+
+@dataclass
+class Skips:
+    """What was left out, counted by reason and listed by file and line."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    listed: list[str] = field(default_factory=list)
+
+    def add(self, reason: str, origin: str) -> None:
+        """Counts one example that is left out."""
+        self.counts[reason] += 1
+        if len(self.listed) < LISTED:
+            self.listed.append(f"{origin}: {reason}")
+
+    def lines(self) -> list[str]:
+        """Returns a line a reason, then the listed ones."""
+        summary = [f"skipped {count:,}: {reason}" for reason, count in self.counts.items()]
+        hidden = sum(self.counts.values()) - len(self.listed)
+        return summary + self.listed + ([f"… and {hidden:,} more"] if hidden else [])
+
+
+def check_ids(ids: list[str], *, name: str) -> None:
+    """Raises DataError where two examples of a split have one id: answers would overwrite."""
+    repeated = [i for i, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{name}: the id {repeated[0]!r} stands there {Counter(ids)[repeated[0]]} times"
+            f" ({len(repeated):,} such ids); give each example its own"
+        )

@@ -1,0 +1,122 @@
+"""Text files read strictly: UTF-8 or an error with file and line, tabs that mean columns."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from minilm_jax.errors import DataError
+from minilm_jax.tasks.examples import Skips
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Row(NamedTuple):
+    """One line of a table, by column name."""
+
+    origin: str
+    values: dict[str, str]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields ("file:line", text) of each line.
+
+    Lines end at a line feed and nowhere else: Unicode's other line separators do occur inside
+    sentences of XNLI.
+    """
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        there = f"; beside it there is {', '.join(beside[:8])}" if beside else ""
+        raise DataError(f"{path}: no such file{there}")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if number == 1:
+                raw = raw.removeprefix(_BYTE_ORDER_MARK)
+                if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    raise DataError(f"{path}:1: is UTF-16; convert the file to UTF-8")
+            yield f"{path}:{number}", decode(raw, f"{path}:{number}").rstrip("\r\n")
+
+
+def decode(raw: bytes, origin: str) -> str:
+    """Returns UTF-8 text; DataError at `origin` where it is something else."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{origin}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; the file"
+            " or a part of it has another encoding: convert it to UTF-8"
+        ) from None
+
+
+def read_tsv(
+    path: Path,
+    *,
+    needs: Sequence[str],
+    names: Sequence[str] | None = None,
+    ragged: Literal["refuse", "skip"] = "refuse",
+    skips: Skips | None = None,
+) -> Iterator[Row]:
+    """Yields the rows of a tab-separated file without quoting, as all official ones are.
+
+    Args:
+      path: the file.
+      needs: columns that must be there.
+      names: the columns of a file without a header line; None takes them from its first line.
+      ragged: whether a row of another width is an error, or is skipped as the official readers
+        of QQP do.
+      skips: where skipped rows are counted.
+    """
+    lines = read_lines(path)
+    if names is None:
+        header = next(lines, None)
+        if header is None:
+            raise DataError(f"{path}: is empty")
+        names = header[1].split("\t")
+        missing = [name for name in needs if name not in names]
+        if missing:
+            raise DataError(
+                f"{path}:1: no column {', '.join(map(repr, missing))}; it has"
+                f" {', '.join(map(repr, names))}: the file belongs to another task or split"
+            )
+    for origin, line in lines:
+        cells = line.split("\t")
+        if len(cells) != len(names):
+            if not line.strip():
+                continue
+            if ragged == "refuse":
+                raise DataError(
+                    f"{origin}: {len(cells)} columns where {len(names)} belong"
+                    f" ({', '.join(names)}); a tab is missing or stands inside a text"
+                )
+            if skips is not None:
+                skips.add(f"{len(cells)} columns where {len(names)} belong", origin)
+            continue
+        yield Row(origin, dict(zip(names, cells, strict=True)))
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file:line", object) of each line that is not blank."""
+    for origin, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{origin}: is not JSON ({error}); one object a line belongs") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{origin}: is a {type(value).__name__}; one object a line belongs")
+        yield origin, value
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """Returns a file's JSON object and its text, to find lines in."""
+    text = "\n".join(line for _, line in read_lines(path))
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{path}: is a {type(value).__name__}, not an object; is it SQuAD's format?"
+        )
+    return value, text

@@ -1,0 +1,68 @@
+"""From predictions to the official figures of a part, all in percent."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from minilm_jax.tasks.answers import Prediction
+from minilm_jax.tasks.catalog import Task
+from minilm_jax.tasks.examples import QuestionExample, TextExample
+from minilm_jax.tasks.metrics import accuracy, f1, matthews, pearson, spearman
+from minilm_jax.tasks.mlqa_metric import mlqa_scores
+from minilm_jax.tasks.squad_metric import squad1_scores, squad2_scores
+
+_POSITIVE = {"mrpc": "equivalent", "qqp": "duplicate"}
+
+
+def score_texts(
+    task: Task, examples: Sequence[TextExample], predicted: Sequence[str | float]
+) -> dict[str, float]:
+    """Returns the task's metrics; none where the split hides its labels."""
+    gold = [example.label for example in examples]
+    if any(label is None for label in gold):
+        return {}
+    if task.kind == "score":
+        x, y = (np.array(v, np.float64) for v in (predicted, gold))
+        return {"pearson": 100 * pearson(x, y), "spearman": 100 * spearman(x, y)}
+    found: dict[str, float] = {}
+    for name in task.metrics:
+        match name:
+            case "accuracy":
+                value = accuracy(predicted, gold)
+            case "matthews":
+                value = matthews(predicted, gold)
+            case "f1":
+                value = f1(predicted, gold, positive=_POSITIVE[task.name])
+            case "macro_f1":
+                each = [
+                    f1(predicted, gold, positive=label) for label in sorted(set(map(str, gold)))
+                ]
+                value = sum(each) / len(each)
+            case _:
+                raise ValueError(f"no metric {name!r}")
+        found[name] = 100 * value
+    return found
+
+
+def score_questions(
+    task: Task, examples: Sequence[QuestionExample], predicted: Mapping[str, Prediction]
+) -> dict[str, float]:
+    """Returns exact match and F1; SQuAD 2.0's also at the threshold that is best on this part.
+
+    The best threshold is looked for among the best spans, withheld or not: only then does every
+    threshold mean what it would have given.
+    """
+    texts = {i: prediction.text for i, prediction in predicted.items()}
+    match task.name:
+        case "mlqa":
+            return mlqa_scores(examples, texts, language=examples[0].language)
+        case "squad1":
+            return squad1_scores(examples, texts)
+        case _:
+            best = squad2_scores(
+                examples,
+                {i: prediction.best_text for i, prediction in predicted.items()},
+                no_answer_odds={i: p.no_answer_odds for i, p in predicted.items()},
+            )
+            at_best = {name: value for name, value in best.items() if name.startswith("best_")}
+            return squad2_scores(examples, texts) | at_best

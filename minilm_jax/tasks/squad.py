@@ -1,0 +1,145 @@
+"""SQuAD's JSON, versions 1.1 and 2.0, which MLQA and many others use too."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from minilm_jax.errors import DataError
+from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, check_ids
+from minilm_jax.tasks.files import read_json
+
+Version = Literal["1.1", "2.0", "any"]
+
+
+def read_squad(
+    file: Path,
+    *,
+    purpose: Literal["train", "evaluate"],
+    version: Version,
+    skips: Skips,
+    language: str = "en",
+    question_language: str = "en",
+) -> list[QuestionExample]:
+    """Returns the questions of a file.
+
+    Args:
+      file: `{"data": [{"paragraphs": [{"context", "qas": [...]}]}]}`.
+      purpose: training needs each answer at its place, and skips and counts those that are not,
+        as the official tools do; evaluation looks at the answers' texts only.
+      version: 2.0 has questions without an answer, marked `is_impossible`; 1.1 has none.
+      skips: where skipped questions are counted and listed.
+      language: of the contexts.
+      question_language: of the questions.
+
+    Raises:
+      DataError: the structure, an id, a question or the version is not what it should be.
+    """
+    value, text = read_json(file)
+    found = []
+    marked = False
+    for context, qa in _questions(value, file, text):
+        origin = _origin(file, text, qa)
+        marked = marked or "is_impossible" in qa
+        impossible = bool(qa.get("is_impossible", False))
+        question = _text(qa, "question", origin)
+        if not question.strip():
+            raise DataError(f"{origin}: the question is empty; write one or remove it")
+        answers = _answers(qa, origin)
+        if impossible and version == "1.1":
+            raise DataError(
+                f"{origin}: is_impossible stands in SQuAD 2.0 only; take task squad2 or the file"
+                " of version 1.1"
+            )
+        if purpose == "train" and not impossible:
+            if not answers:
+                raise DataError(
+                    f"{origin}: has no answer to learn from and is not marked is_impossible"
+                )
+            answers = place_answer(answers[0], context, origin, skips)
+            if not answers:
+                continue
+        found.append(
+            QuestionExample(
+                id=qa["id"],
+                # The gold is what the official scripts take: no answers, whatever is_impossible.
+                question=question,
+                context=context,
+                answers=() if impossible else answers,
+                language=language,
+                question_language=question_language,
+                origin=origin,
+            )
+        )
+    if not found:
+        raise DataError(f"{file}: holds no question")
+    if version == "2.0" and not marked:
+        raise DataError(
+            f"{file}: no question has is_impossible, so it is SQuAD 1.1; take task squad1 or the"
+            " file of version 2.0"
+        )
+    check_ids([example.id for example in found], name=str(file))
+    return found
+
+
+def _questions(value: Any, file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (context, question) in the file's order."""
+    for article in _list(value, "data", file):
+        for paragraph in _list(article, "paragraphs", file):
+            if not isinstance(paragraph.get("context"), str):
+                raise DataError(f"{file}: a paragraph has no context; is it SQuAD's format?")
+            for qa in _list(paragraph, "qas", file):
+                if not isinstance(qa.get("id"), str):
+                    raise DataError(
+                        f"{file}: the question {qa.get('question')!r:.60} has no id in quotes"
+                    )
+                yield paragraph["context"], qa
+
+
+def _list(value: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
+    found = value.get(key)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise DataError(
+            f"{file}: no list {key!r} beside {', '.join(value)}; it is not in SQuAD's format"
+        )
+    return found
+
+
+def _origin(file: Path, text: str, qa: dict[str, Any]) -> str:
+    """Returns "file:line, question 'id'"; official files are one line long."""
+    quoted = (json.dumps(qa["id"]), json.dumps(qa["id"], ensure_ascii=False))
+    place = max(text.find(q) for q in quoted)
+    line = text.count("\n", 0, place) + 1 if place >= 0 else 1
+    return f"{file}:{line}, question {qa['id']!r}"
+
+
+def _text(qa: dict[str, Any], key: str, origin: str) -> str:
+    if not isinstance(qa.get(key), str):
+        raise DataError(f"{origin}: {key} is missing or no text")
+    return qa[key]
+
+
+def _answers(qa: dict[str, Any], origin: str) -> tuple[Answer, ...]:
+    found = []
+    for answer in qa.get("answers") or ():
+        text, start = answer.get("text"), answer.get("answer_start")
+        if not isinstance(text, str) or type(start) is not int:
+            raise DataError(f"{origin}: an answer needs a text and an integer answer_start")
+        found.append(Answer(text=text, start=start))
+    return tuple(found)
+
+
+def place_answer(answer: Answer, context: str, origin: str, skips: Skips) -> tuple[Answer, ...]:
+    """Returns the answer where the context holds it at its offset, else nothing."""
+    text = answer.text.strip()
+    if not text:
+        skips.add("the answer is empty", origin)
+        return ()
+    start = answer.start + len(answer.text) - len(answer.text.lstrip())
+    if start >= 0 and context[start : start + len(text)] == text:
+        return (Answer(text=text, start=start),)
+    if " ".join(text.split()) in " ".join(context.split()):
+        skips.add("the answer does not stand at its answer_start", origin)
+    else:
+        skips.add("the answer does not stand in its context", origin)
+    return ()

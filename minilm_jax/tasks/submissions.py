@@ -1,0 +1,69 @@
+"""Predictions as the official scorers and leaderboards take them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from minilm_jax.tasks.answers import Prediction
+from minilm_jax.tasks.catalog import Part, Task
+from minilm_jax.tasks.examples import TextExample
+from minilm_jax.tasks.glue import GLUE
+
+
+def write_texts(
+    folder: Path,
+    task: Task,
+    part: Part,
+    examples: Sequence[TextExample],
+    predicted: Sequence[str | float],
+) -> Path:
+    """Returns the file written.
+
+    GLUE: the file name and the labels of gluebenchmark.com (`index`, `prediction`); splits the
+    site does not take have the same layout under our name. XNLI: one label a line, as XTREME
+    takes it. Own texts: `id`, `prediction`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if task.name == "xnli":
+        return _write(folder / f"{part}.tsv", "".join(f"{label}\n" for label in predicted))
+    spec = GLUE.get(task.name)  # type: ignore[arg-type]
+    name = f"{task.name}-{part.split}.tsv"
+    written: Mapping[str, str] = {}
+    if spec is not None:
+        name = spec.submission.get(part.split, name)
+        written = {ours: theirs for theirs, ours in spec.labels.items()}
+    rows = ["id\tprediction" if spec is None else "index\tprediction"]
+    for example, label in zip(examples, predicted, strict=True):
+        said = f"{label:.3f}" if isinstance(label, float) else written.get(label, label)
+        rows.append(f"{example.id}\t{said}")
+    return _write(folder / name, "\n".join(rows) + "\n")
+
+
+def write_questions(
+    folder: Path, task: Task, part: Part, predicted: Mapping[str, Prediction]
+) -> Path:
+    """Returns the predictions' file: `{id: answer}`, what the official scripts of SQuAD and MLQA
+    read; beside it the n best answers, and SQuAD 2.0's odds of no answer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{task.name}-{part}"
+    answers = {i: prediction.text for i, prediction in predicted.items()}
+    best = {
+        i: [vars(candidate) for candidate in prediction.n_best]
+        for i, prediction in predicted.items()
+    }
+    _write(folder / f"{stem}-nbest.json", _json(best))
+    if task.no_answer == "possible":
+        odds = {i: prediction.no_answer_odds for i, prediction in predicted.items()}
+        _write(folder / f"{stem}-no-answer-odds.json", _json(odds))
+    return _write(folder / f"{stem}-predictions.json", _json(answers))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def _write(path: Path, text: str) -> Path:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, "utf-8")
+    return beside.rename(path)

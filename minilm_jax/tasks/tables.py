@@ -1,0 +1,227 @@
+"""Results as rows of a CSV file, and as Markdown tables laid out like the papers'."""
+
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from minilm_jax.errors import DataError
+from minilm_jax.tasks import published
+from minilm_jax.tasks.languages import MLQA_LANGUAGES, XNLI_LANGUAGES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow:
+    """One figure with everything needed to get it again."""
+
+    name: str
+    """What tables call the model; rows of one name and several seeds become mean ± deviation."""
+    task: str
+    split: str
+    language: str
+    question_language: str
+    metric: str
+    value: float
+    """In percent, thresholds apart."""
+    examples: int
+    skipped: int
+    seed: str
+    """Of the fine-tuning; "" where the model was only evaluated."""
+    model: str
+    model_sha256: str
+    tokenizer_sha256: str
+    data_sha256: str
+    """Of ids, texts and labels, wherever they were read from."""
+    settings: str
+    """The whole resolved config as JSON."""
+    versions: str
+    """Of this package, JAX and Python, and the devices."""
+    date: str
+    """UTC."""
+
+
+_COLUMNS = tuple(field.name for field in fields(ResultRow))
+
+
+def append_rows(path: Path, rows: Sequence[ResultRow]) -> None:
+    """Adds rows to a CSV file, with a header where it is new.
+
+    Raises:
+      DataError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        read_rows(path)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_rows(path: Path) -> list[ResultRow]:
+    """Returns the rows of a CSV file that `append_rows` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise DataError(f"{path}: is no results file of ours; choose another name")
+        return [_parsed(row) for row in reader]
+
+
+def _parsed(row: dict[str, Any]) -> ResultRow:
+    numbers = {"value": float(row["value"])}
+    counts = {name: int(row[name]) for name in ("examples", "skipped")}
+    return ResultRow(**{**row, **numbers, **counts})
+
+
+def tables(rows: Sequence[ResultRow]) -> str:
+    """Returns Markdown: the papers' tables these rows have figures for, then every figure."""
+    parts = []
+    groups = (
+        (
+            "English (dev sets)",
+            _english(rows),
+            published.ENGLISH,
+            (*published.ENGLISH_COLUMNS, "avg"),
+        ),
+        ("XNLI (test sets, accuracy)", _xnli(rows), published.XNLI, ("avg", *XNLI_LANGUAGES)),
+        ("MLQA (test sets, F1/EM)", _mlqa(rows), published.MLQA, ("avg", *MLQA_LANGUAGES)),
+    )
+    for title, ours, theirs, columns in groups:
+        if ours:
+            both = {f"{name} (published)": row for name, row in theirs.items()} | ours
+            parts.append(f"## {title}\n\n{markdown(both, columns)}")
+    for name in dict.fromkeys(row.name for row in rows):
+        matrix = _pairs([row for row in rows if row.name == name])
+        if matrix:
+            table = markdown(matrix, MLQA_LANGUAGES, corner="context \\ question")
+            parts.append(f"## G-XLT of {name} (MLQA test, F1)\n\n{table}")
+    parts.append(f"## Every figure\n\n{_all(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(
+    rows: Mapping[str, Mapping[str, str]], columns: Sequence[str], *, corner: str = "model"
+) -> str:
+    """Returns a Markdown table; "–" where a figure is missing."""
+    lines = [f"| {corner} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    lines += [
+        f"| {name} | {' | '.join(row.get(column, '–') for column in columns)} |"
+        for name, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Returns "84.3", or "84.3 ± 0.4" of several: the sample's standard deviation."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+Figures = dict[tuple[str, str, str, str, str], list[float]]
+
+
+def _figures(rows: Sequence[ResultRow]) -> dict[str, Figures]:
+    """Returns model name → (task, split, language, question language, metric) → its seeds' values.
+
+    A figure measured again replaces the one before.
+    """
+    found: dict[str, dict[tuple, dict[tuple[str, str], float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for row in rows:
+        key = (row.task, row.split, row.language, row.question_language, row.metric)
+        found[row.name][key][row.seed, row.model] = row.value
+    return {
+        name: {key: list(values.values()) for key, values in figures.items()}
+        for name, figures in found.items()
+    }
+
+
+def _english(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
+    return {
+        name: row
+        for name, figures in _figures(rows).items()
+        if (
+            row := _with_average(
+                {
+                    column: figures.get((task, split, "en", "", metric), [])
+                    for column, (task, split, metric) in published.ENGLISH_COLUMNS.items()
+                }
+            )
+        )
+    }
+
+
+def _xnli(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
+    return {
+        name: row
+        for name, figures in _figures(rows).items()
+        if (
+            row := _with_average(
+                {
+                    code: figures.get(("xnli", "test", code, "", "accuracy"), [])
+                    for code in XNLI_LANGUAGES
+                }
+            )
+        )
+    }
+
+
+def _mlqa(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
+    found = {}
+    for name, figures in _figures(rows).items():
+        f1, exact = (
+            _with_average(
+                {
+                    code: figures.get(("mlqa", "test", code, "", metric), [])
+                    for code in MLQA_LANGUAGES
+                }
+            )
+            for metric in ("f1", "exact")
+        )
+        if f1:
+            found[name] = {column: f"{value}/{exact[column]}" for column, value in f1.items()}
+    return found
+
+
+def _with_average(columns: Mapping[str, list[float]]) -> dict[str, str]:
+    """Returns the columns there are; `avg` only where all are, or it would mean something else."""
+    row = {name: mean_and_deviation(values) for name, values in columns.items() if values}
+    if row and len(row) == len(columns):
+        row["avg"] = f"{statistics.fmean(map(statistics.fmean, columns.values())):.1f}"
+    return row
+
+
+def _pairs(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
+    """Returns the matrix of context and question languages, where pairs across were measured."""
+    found: dict[str, dict[str, str]] = {}
+    crossed = False
+    for row in rows:
+        if (row.task, row.split, row.metric) == ("mlqa", "test", "f1"):
+            crossed = crossed or bool(row.question_language)
+            asked = row.question_language or row.language
+            found.setdefault(row.language, {})[asked] = f"{row.value:.1f}"
+    return {code: found[code] for code in MLQA_LANGUAGES if code in found} if crossed else {}
+
+
+def _all(rows: Sequence[ResultRow]) -> str:
+    columns = ("split", "language", "metric", "value", "examples")
+    lines = [f"| model | task | {' | '.join(columns)} |", "|---|---|---|---|---|---:|---:|"]
+    counts = {
+        (r.name, r.task, r.split, r.language, r.question_language, r.metric): r.examples
+        for r in rows
+    }
+    for name, figures in _figures(rows).items():
+        for (task, split, language, asked, metric), values in figures.items():
+            spoken = f"{language}/{asked}" if asked else language
+            count = counts[name, task, split, language, asked, metric]
+            shown = mean_and_deviation(values)
+            lines.append(
+                f"| {name} | {task} | {split} | {spoken} | {metric} | {shown} | {count:,} |"
+            )
+    return "\n".join(lines)
