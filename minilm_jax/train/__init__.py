@@ -1,0 +1,1 @@
+"""The generic engine: devices, state, optimizer, step, checkpoint, loop. Knows nothing of BERT."""

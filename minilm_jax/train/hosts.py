@@ -1,0 +1,135 @@
+"""Several processes as one run: how they find each other, and who writes."""
+
+import dataclasses
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from minilm_jax.errors import ConfigError, UserError
+
+EXIT_INCOMPLETE = 2
+"""As for anything a user can mend."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostsConfig:
+    """The processes of a run; the same settings on every host but `process`."""
+
+    start: Literal["one", "auto", "explicit"] = "one"
+    """one: this process alone. auto: JAX finds the others (TPU slice, SLURM, GKE, Open MPI).
+    explicit: from the three settings below."""
+    coordinator: str | None = None
+    """host:port of process 0, for explicit."""
+    processes: int | None = None
+    """How many there are; with auto, how many are expected."""
+    process: int | None = None
+    """Which of them this is, from 0, for explicit."""
+    patience_s: int = 300
+    """Seconds the first processes wait for the last."""
+
+    def __post_init__(self) -> None:
+        given = {
+            "coordinator": self.coordinator,
+            "processes": self.processes,
+            "process": self.process,
+        }
+        missing = [f"hosts.{name}" for name, value in given.items() if value is None]
+        if self.start == "explicit" and missing:
+            raise ConfigError(f"hosts.start=explicit needs {' and '.join(missing)}")
+        if self.patience_s < 1:
+            raise ConfigError(f"hosts.patience_s must be at least 1, got {self.patience_s}")
+        if self.processes is not None and self.processes < 1:
+            raise ConfigError(f"hosts.processes must be at least 1, got {self.processes}")
+        if self.process is not None and not 0 <= self.process < (self.processes or 1 << 30):
+            raise ConfigError(
+                f"hosts.process must be from 0 to {(self.processes or 1 << 30) - 1}, got "
+                f"{self.process}"
+            )
+
+
+def join(config: HostsConfig, *, say: Callable[[str], None] = print) -> None:
+    """Makes this process one of the run's, and says which; before anything else asks for a device.
+
+    Raises:
+      UserError: not all of them came in time, or they are not as many as was expected.
+    """
+    if config.start != "one" and not jax.distributed.is_initialized():
+        if config.start == "explicit":
+            say(f"process {config.process} of {config.processes}: waiting for the others")
+            _refuse_an_absent_coordinator(config)
+        # JAX ends a process that waits too long from C++, with a stack trace and no exception to
+        # catch; so a sentence and an exit of our own come first.
+        watchdog = threading.Timer(config.patience_s, _give_up, (config,))
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            jax.distributed.initialize(
+                config.coordinator,
+                config.processes if config.start == "explicit" else None,
+                config.process,
+                initialization_timeout=config.patience_s + 60,
+            )
+        except (ValueError, RuntimeError) as error:
+            line = str(error).strip().partition("\n")[0][:300]
+            raise UserError(f"{_incomplete(config)} ({line})") from None
+        finally:
+            watchdog.cancel()
+    count = jax.process_count()
+    if config.start != "one":
+        say(_introduction())
+    if config.processes is not None and count != config.processes:
+        raise UserError(
+            f"{config.processes} processes were expected and {count} came: is the command started "
+            "on every host of the slice?"
+        )
+
+
+def _introduction() -> str:
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
+        f"{jax.local_device_count()} of {jax.device_count()} devices"
+    )
+
+
+def writes() -> bool:
+    """Returns whether this process writes what the run leaves behind; exactly one does."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Returns whether the flag is set in any process; all of them must ask at the same point."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def wait_for_all(where: str) -> None:
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def _incomplete(config: HostsConfig) -> str:
+    return (
+        f"the run's processes did not find each other within {config.patience_s} s: start the same "
+        "command on every host, and check hosts.coordinator and the firewall"
+    )
+
+
+def _give_up(config: HostsConfig) -> None:
+    sys.stdout.flush()  # which the exit below would not do
+    print(f"minilm-jax: {_incomplete(config)}", file=sys.stderr, flush=True)
+    os._exit(EXIT_INCOMPLETE)
+
+
+def _refuse_an_absent_coordinator(config: HostsConfig) -> None:
+    host, _, port = str(config.coordinator).rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"hosts.coordinator is host:port, got {config.coordinator!r}")

@@ -1,0 +1,198 @@
+"""The loop: batches in, steps out, checkpoints and metrics on the way, and a clean stop."""
+
+import dataclasses
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+from minilm_jax.errors import ConfigError, UserError
+from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.hosts import HostsConfig, any_process, writes
+from minilm_jax.train.monitor import Monitor
+from minilm_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how a run trains, whatever it trains."""
+
+    steps: int = 400_000
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Of data order, dropout and initialisation."""
+    accumulate: int = 1
+    """Micro-batches a step; memory falls, numbers stay."""
+    lift: Literal["pmap", "mesh"] = "pmap"
+    """pmap: data parallel. mesh: jit over data × fsdp."""
+    fsdp: int = 1
+    """Devices a parameter is sharded over; needs lift=mesh."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite ends the run, or its update is skipped."""
+    log_every: int = 100
+    """Steps between metrics."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
+    """The processes of the run; not part of what it computes."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "fsdp", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Stopped(UserError):  # noqa: N818 - an outcome, not a fault
+    """The run was asked to stop; its state is saved. `signum` is the signal that asked."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def fit(
+    step: Callable[..., Any],
+    state: TrainState,
+    frozen: Any,
+    batches: Callable[[int], AbstractContextManager[Iterator[Any]]],
+    *,
+    config: TrainConfig,
+    devices: Devices,
+    checkpoints: Checkpoints,
+    make_monitor: Callable[[int], Monitor],
+    schedule: optax.Schedule,
+) -> TrainState:
+    """Returns the state after the last step, resuming from the latest checkpoint.
+
+    The host never waits for a step it does not report: metrics of an interval stay on the devices
+    until it is logged.
+
+    Args:
+      step: the lifted step.
+      state: the state to start from where there is no checkpoint.
+      frozen: placed arguments that are not trained.
+      batches: opens an iterator of placed batches from a step on; closed at the end.
+      config: of the run.
+      devices: where it runs.
+      checkpoints: where it saves and resumes.
+      make_monitor: opens the monitor at the resumed step.
+      schedule: learning rate, for the log.
+
+    Raises:
+      Stopped: SIGTERM or SIGINT arrived; everything up to the last finished step is saved.
+      UserError: the loss is not finite and config.nonfinite is "stop".
+    """
+    restored = checkpoints.restore(state, devices.shardings(state))
+    state = devices.place(state) if restored is None else restored
+    first = int(state.step)
+    if first >= config.steps:
+        return state
+    monitor = make_monitor(first) if writes() else None
+    pending: list[dict[str, Any]] = []
+    waited = 0.0
+    with _signals() as stop, batches(first) as stream:
+        try:
+            for done in range(first + 1, config.steps + 1):
+                began = time.monotonic()
+                batch = next(stream)
+                waited += time.monotonic() - began
+                state, metrics = step(state, frozen, batch)
+                pending.append(metrics)
+                if done % config.log_every == 0 or done == config.steps:
+                    _report(monitor, done, pending, schedule, config, waited)
+                    pending, waited = [], 0.0
+                stopping = _agree_to_stop(stop, done, config)
+                if done % config.save_every == 0 or done == config.steps or stopping:
+                    _check_finite(pending, done, config)
+                    checkpoints.save(done, state)
+                if stopping and done < config.steps:
+                    # Another process may have had the signal.
+                    signum = stop[0] if stop else signal.SIGTERM
+                    raise Stopped(
+                        f"stopped by {signal.Signals(signum).name} after step {done}, which is "
+                        "saved; run the same command to continue",
+                        signum,
+                    )
+        finally:
+            if monitor is not None:
+                monitor.close()
+            checkpoints.wait()
+    return state
+
+
+def _agree_to_stop(stop: list[int], done: int, config: TrainConfig) -> bool:
+    """Returns whether the run ends after this step, the same in every process."""
+    if jax.process_count() == 1:
+        return bool(stop)
+    # Asking costs a round trip, so it is asked only where the host waits for the devices anyway.
+    return done % config.log_every == 0 and any_process(bool(stop))
+
+
+def _report(
+    monitor: Monitor | None,
+    done: int,
+    pending: list[dict[str, Any]],
+    schedule: optax.Schedule,
+    config: TrainConfig,
+    waited: float,
+) -> None:
+    """Fetches an interval's metrics; what is written is the last step's, a function of it alone."""
+    fetched = jax.device_get(pending)
+    _check_finite(fetched, done, config)
+    if monitor is None:
+        return
+    counts: dict[str, float] = defaultdict(float)
+    for metrics in fetched:
+        for name, value in metrics["counts"].items():
+            counts[name] += float(value)
+    shown = {
+        name: np.asarray(value).tolist()
+        for name, value in fetched[-1].items()
+        if name not in ("counts", "finite")
+    }
+    shown["learning_rate"] = float(schedule(done - 1))
+    monitor.log(done, shown, counts, waited=waited)
+
+
+def _check_finite(pending: list[dict[str, Any]], done: int, config: TrainConfig) -> None:
+    """Raises before a state poisoned by a non-finite step can be logged or saved."""
+    if config.nonfinite == "skip":
+        return
+    for back, metrics in enumerate(reversed(pending)):
+        if not bool(metrics["finite"]):
+            raise UserError(
+                f"loss or gradient is not finite at step {done - back}: nothing of it was saved; "
+                "lower the learning rate, or continue past such steps with --train.nonfinite skip"
+            )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Yields a list that receives the first SIGTERM or SIGINT; the second one acts at once."""
+    received: list[int] = []
+    previous: dict[signal.Signals, Any] = {}
+
+    def receive(signum: int, _: Any) -> None:
+        received.append(signum)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            previous[number] = signal.signal(number, receive)
+        except ValueError:  # not the main thread: the caller handles its own signals
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

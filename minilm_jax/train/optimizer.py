@@ -1,0 +1,119 @@
+"""The optimizer: a schedule, a clip, and weight decay where decay is meant."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, Literal
+
+import jax
+import optax
+
+from minilm_jax.errors import ConfigError
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning rate schedule. Rates are for the global batch, never per device."""
+
+    name: Literal["adamw", "lamb", "muon", "sgd"] = "adamw"
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    warmup_steps: int = 4000
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay to 0 at the last step, after the warm-up."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-6
+    """Adam's epsilon; 1e-6 as in BERT's code, both MiniLM papers are silent."""
+    weight_decay: float = 0.01
+    """Decoupled; never on biases, LayerNorm scales and parameters the loss does not reach."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+    """Returns step (from 0) -> learning rate; 0 at step 0 when there is a warm-up, as in BERT."""
+    if config.warmup_steps >= steps > 0:
+        raise ConfigError(
+            f"warmup_steps={config.warmup_steps} must be below the run's steps={steps}"
+        )
+    after = steps - config.warmup_steps
+    peak = config.learning_rate
+    decay = {
+        "linear": lambda: optax.linear_schedule(peak, 0.0, after),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, after),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[config.schedule]()
+    if config.warmup_steps == 0:
+        return decay
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def make_optimizer(
+    config: OptimizerConfig, *, steps: int, undecayed: Collection[Path] = ()
+) -> optax.GradientTransformation:
+    """Returns the optimizer of a run.
+
+    Args:
+      config: what to build.
+      steps: optimizer steps of the whole run, for the schedule.
+      undecayed: path prefixes of parameters the loss does not reach. Decoupled decay would shrink
+        exactly those, where PyTorch skips parameters without a gradient.
+    """
+    schedule = make_schedule(config, steps=steps)
+
+    def decay_mask(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: decays(tuple(entry.key for entry in path), undecayed), params
+        )
+
+    match config.name:
+        case "adamw":
+            core = optax.adamw(
+                schedule,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                mask=decay_mask,
+            )
+        case "lamb":
+            core = optax.lamb(
+                schedule,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                mask=decay_mask,
+            )
+        case "muon":
+            core = optax.contrib.muon(
+                schedule,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                weight_decay=config.weight_decay,
+                weight_decay_mask=decay_mask,
+            )
+        case "sgd":
+            core = optax.chain(
+                optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+                optax.sgd(schedule),
+            )
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+    return core
+
+
+def decays(path: Path, undecayed: Collection[Path]) -> bool:
+    """Returns whether weight decay applies to the parameter at `path`."""
+    if path[-1] in ("bias", "scale"):
+        return False
+    return not any(path[: len(prefix)] == prefix for prefix in undecayed)

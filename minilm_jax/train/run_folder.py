@@ -1,0 +1,99 @@
+"""The folder of a run: who owns it, what it was started with, what came out."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minilm_jax.errors import ConfigError
+
+CONFIG, RESULT, LOCK, METRICS = "config.json", "result.json", ".lock", "metrics.jsonl"
+
+
+@contextmanager
+def open_run(
+    folder: Path, config: Mapping[str, Any], *, override: tuple[str, ...] = ()
+) -> Iterator[None]:
+    """Holds the folder for this process, with its config compared or written.
+
+    A new or empty folder gets `config.json`. A folder of this very run is continued. Anything else
+    is refused, so that no run ever overwrites another's results.
+
+    Args:
+      folder: where the run writes.
+      config: the resolved config, JSON-able.
+      override: dotted names whose change is accepted on resume.
+
+    Raises:
+      ConfigError: the folder is another run's (the differences are listed), belongs to something
+        else, or is in use.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file, not a folder")
+    ours = (folder / CONFIG).exists()
+    if folder.exists() and not ours and any(p.name != LOCK for p in folder.iterdir()):
+        raise ConfigError(
+            f"output {folder} is not empty and holds no {CONFIG}: it is not a run of ours; "
+            "choose another --output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"output {folder} is in use by another process") from None
+        settle(folder / CONFIG, config, override=override)
+        yield
+
+
+def settle(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...] = ()) -> None:
+    """Writes what a run depends on, or compares it with what the run was started with.
+
+    Raises:
+      ConfigError: something changed that `override` does not name; every difference is listed.
+    """
+    value = json.loads(json.dumps(value))
+    if path.exists():
+        changed = [
+            line
+            for name, line in differences(read_json(path), value)
+            if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in override)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{path} was written by a run that differs from this one; choose another --output, "
+                "or accept a change with --override NAME:\n  " + "\n  ".join(changed)
+            )
+    write_json(path, value)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Returns (dotted name, "name: old -> new") of every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in [*old, *(name for name in new if name not in old)]:
+            inner = f"{prefix}.{name}" if prefix else name
+            found += differences(old.get(name), new.get(name), inner)
+        return found
+    return [] if old == new else [(prefix, f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}")]
+
+
+def read_json(path: Path) -> Any:
+    """Returns the file's content; ConfigError where it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside, then renames: a reader never sees half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)

@@ -1,0 +1,145 @@
+"""One optimizer step as one per-device function; devices.py lifts it over the devices."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from minilm_jax.reductions import Loss, Mean
+from minilm_jax.train.state import Params, TrainState
+
+Batch = Mapping[str, Array]
+
+
+LossFunction = Callable[[Params, Any, Batch, Array | None], Loss]
+"""(params, frozen, batch, key) -> Loss of a part of a batch.
+
+`frozen` is what is not trained: the teacher. `key` is None in evaluation: no dropout."""
+
+Step = Callable[..., tuple[TrainState, dict[str, Any]]]
+
+
+def make_step(
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    nonfinite: str = "stop",
+) -> Step:
+    """Returns step(state, frozen, batch, axis=None) -> (state, metrics).
+
+    The gradient is that of `sum over terms of (global total / global count)`. Counts do not depend
+    on the parameters, so they are summed over devices and micro-batches first and each device
+    differentiates its own totals divided by them; the sum of the gradients is then exact for any
+    split of the batch.
+
+    Args:
+      loss_function: the loss of a part of the batch.
+      optimizer: applied once a step to the summed gradient.
+      seed: of the run; the step's key is a function of (seed, step) alone.
+      accumulate: micro-batches a step; memory falls, numbers stay.
+      nonfinite: "stop" applies the update whatever it is (the loop stops the run); "skip" leaves
+        parameters and optimizer as they were when loss or gradient is not finite.
+    """
+
+    def step(
+        state: TrainState, frozen: Any, batch: Batch, axis: str | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        def over_devices(tree: Any) -> Any:
+            return jax.lax.psum(tree, axis) if axis else tree
+
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def scaled(params: Params, part: Batch, counts: dict[str, Array]) -> tuple[Array, Loss]:
+            loss = loss_function(params, frozen, part, key)
+            return sum_of_ratios(loss.terms, counts), loss
+
+        if accumulate == 1:
+
+            def whole(params: Params) -> tuple[Array, Loss]:
+                loss = loss_function(params, frozen, batch, key)
+                return sum_of_ratios(loss.terms, over_devices(counts_of(loss))), loss
+
+            grads, loss = jax.grad(whole, has_aux=True)(state.params)
+        else:
+            parts = jax.tree.map(lambda x: split(x, accumulate), batch)
+
+            def count(part: Batch) -> dict[str, Array]:
+                # Only the counts leave this function, so the forward pass is dead code to XLA.
+                return counts_of(loss_function(state.params, frozen, part, key))
+
+            counts = jax.tree.map(lambda x: x.sum(0), jax.lax.map(count, parts))
+            counts = over_devices(counts)
+
+            def add(carry: Any, part: Batch) -> tuple[Any, None]:
+                found = jax.grad(scaled, has_aux=True)(state.params, part, counts)
+                return jax.tree.map(jnp.add, carry, found), None
+
+            shapes = jax.eval_shape(
+                jax.grad(scaled, has_aux=True),
+                state.params,
+                jax.tree.map(lambda x: x[0], parts),
+                counts,
+            )
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, loss), _ = jax.lax.scan(add, zeros, parts)
+
+        grads, loss = over_devices((grads, loss))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        total = loss.value()
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+        if nonfinite == "skip":
+            keep = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
+            params, opt_state = keep
+        metrics = {
+            "loss": total,
+            **{name: mean.value() for name, mean in (loss.terms | loss.metrics).items()},
+            "grad_norm": grad_norm,
+            "finite": finite,
+            "counts": loss.counts,
+        }
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def make_evaluation(loss_function: LossFunction) -> Callable[..., Loss]:
+    """Returns evaluate(params, frozen, batch, axis=None) -> the batch's Loss, nothing divided.
+
+    Add the results over batches and divide once: then an uneven last batch weighs what it should.
+    """
+
+    def evaluate(params: Params, frozen: Any, batch: Batch, axis: str | None = None) -> Loss:
+        loss = loss_function(params, frozen, batch, None)
+        return jax.lax.psum(loss, axis) if axis else loss
+
+    return evaluate
+
+
+def counts_of(loss: Loss) -> dict[str, Array]:
+    """Returns the count of each term."""
+    return {name: jax.lax.stop_gradient(mean.count) for name, mean in loss.terms.items()}
+
+
+def sum_of_ratios(terms: dict[str, Mean], counts: dict[str, Array]) -> Float[Array, ""]:
+    """Returns the sum over terms of this part's total divided by the global count."""
+    return jnp.sum(
+        jnp.stack([mean.total / jnp.maximum(counts[name], 1.0) for name, mean in terms.items()])
+    )
+
+
+def split(x: Array, parts: int) -> Array:
+    """Returns `[parts, B / parts, …]`, taking every parts-th row so that sharded rows stay put."""
+    if x.shape[0] % parts:
+        raise ValueError(f"{parts} micro-batches do not divide {x.shape[0]} rows a device")
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
