@@ -1,0 +1,235 @@
+"""The conversion job: a checkpoint in, in any form we read; a checkpoint out, verified if asked."""
+
+import dataclasses
+import functools
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from minilm_jax.convert.export import input_names, load_export, write_export
+from minilm_jax.convert.folder import Dtype, read_model, write_model
+from minilm_jax.convert.hf_config import from_hf_config
+from minilm_jax.convert.model import Model, flatten
+from minilm_jax.convert.orbax_form import write_orbax
+from minilm_jax.convert.strict_json import read_json
+from minilm_jax.convert.verify import (
+    TOLERANCE,
+    check_round_trip,
+    compare_with_torch,
+    has_torch,
+    random_batch,
+    refuse_disagreement,
+)
+from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, load_tokenizer
+from minilm_jax.errors import CheckpointError, ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Converts a checkpoint of the BERT family, from and to PyTorch."""
+
+    source: tyro.conf.Positional[str]
+    """Folder, weight file beside its config, or Hub id (org/name, org/name@revision)."""
+    target: tyro.conf.Positional[Path]
+    """Folder to write; an existing one is replaced only if it is an untouched output of ours."""
+    to: Literal["huggingface", "orbax", "export"] = "huggingface"
+    """Hugging Face folder, Orbax checkpoint, or portable jax.export function (both fp32)."""
+    dtype: Dtype = "source"
+    """Of the weights in a Hugging Face folder; `source` keeps each tensor's own."""
+    verify: bool = False
+    """Compare the result byte for byte, and layer by layer with PyTorch where it is installed."""
+    heads: tuple[str, ...] | None = None
+    """Heads to convert: pooler, mlm, sequence_classifier, …; none given converts all there are."""
+    sha256: str | None = None
+    """What the source's weights must hash to; checked before they are parsed."""
+    tokenizer: Literal["copy", "none"] = "copy"
+    """Whether the source's tokenizer is checked against the vocabulary and written along."""
+    allow_nonfinite: bool = False
+    """Convert weights that hold NaN or infinity instead of refusing them."""
+    max_shard_gb: float = 2.0
+    """Larger models are split into files of at most this many 10⁹ bytes."""
+
+    def __post_init__(self) -> None:
+        if self.max_shard_gb <= 0:
+            raise ConfigError(f"max_shard_gb must be positive, got {self.max_shard_gb}")
+        if self.to != "huggingface" and self.dtype not in ("source", "float32"):
+            raise ConfigError(
+                f"dtype={self.dtype} is for --to huggingface; --to {self.to} stores float32"
+            )
+
+
+def run(config: ConvertConfig, *, report: Callable[[str], None] = print) -> Path:
+    """Returns the written folder.
+
+    Args:
+      config: what to convert.
+      report: takes each line of the result; progress goes to stderr.
+
+    Raises:
+      UserError: something about source, target or verification; nothing is then left at target.
+    """
+    model = read_model(
+        config.source,
+        sha256=config.sha256,
+        heads=config.heads,
+        nonfinite="keep" if config.allow_nonfinite else "refuse",
+        on_tensor=_Meter("read"),
+    )
+    count = sum(leaf.size for _, leaf in flatten(model.params))
+    report(f"{config.source}: {model.config.model_type}, {count:,} parameters, {_parts(model)}")
+    report(f"sha256 {model.fingerprint}")
+    with tempfile.TemporaryDirectory() as scratch:
+        files = _tokenizer(model, config, Path(scratch))
+        written = _write(model, config, files, report)
+    report(f"written to {written}")
+    return written
+
+
+def _write(
+    model: Model, config: ConvertConfig, files: tuple[Path, ...], report: Callable[[str], None]
+) -> Path:
+    meter = _Meter("written")
+    # Verified before the folder takes its name: a failure leaves nothing behind.
+    match config.to:
+        case "huggingface":
+            return write_model(
+                model,
+                config.target,
+                dtype=config.dtype,
+                max_shard_bytes=int(config.max_shard_gb * 1e9),
+                tokenizer_files=files,
+                on_tensor=meter,
+                check=functools.partial(_verify_folder, model, report) if config.verify else None,
+            )
+        case "orbax":
+            return write_orbax(
+                model,
+                config.target,
+                tokenizer_files=files,
+                check=functools.partial(_verify_orbax, model, report) if config.verify else None,
+            )
+        case "export":
+            return write_export(
+                model,
+                config.target,
+                on_tensor=meter,
+                check=functools.partial(_verify_export, model, report) if config.verify else None,
+            )
+
+
+def _parts(model: Model) -> str:
+    return ", ".join(sorted(model.params, key=lambda part: (part != "encoder", part)))
+
+
+# Tokenizer
+
+
+def _tokenizer(model: Model, config: ConvertConfig, scratch: Path) -> tuple[Path, ...]:
+    """Returns the tokenizer's files, checked against the vocabulary."""
+    if config.tokenizer == "none" or config.to == "export":
+        return ()
+    way_out = "put it there, or pass --tokenizer none"
+    folder = model.tokenizer_folder or _beside(Path(config.source), scratch)
+    if folder is None:
+        raise CheckpointError(f"{config.source} has no tokenizer: {way_out}")
+    if model.config.model_type == "xlm":
+        return _xlm_tokenizer(model, folder)
+    return load_tokenizer(folder, vocab_size=model.config.vocab_size).files
+
+
+def _beside(source: Path, scratch: Path) -> Path | None:
+    # Microsoft's bare release: minilm-l12-h384-uncased.bin and minilm-l12-h384-uncased-vocab.txt.
+    stem = source.name.split(".")[0]
+    for name, ours in (("vocab.txt", "vocab.txt"), (SENTENCEPIECE_FILE, SENTENCEPIECE_FILE)):
+        file = source.parent / f"{stem}-{name}"
+        if source.is_file() and file.is_file():
+            shutil.copyfile(file, scratch / ours)
+            return scratch
+    return None
+
+
+def _xlm_tokenizer(model: Model, folder: Path) -> tuple[Path, ...]:
+    # XLM's own BPE over a Moses tokenizer is not rebuilt here: the files are checked and copied.
+    entries = len(read_json(folder / "vocab.json"))
+    if entries > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'vocab.json'} has {entries:,} entries, the model "
+            f"{model.config.vocab_size:,} rows: it belongs to another model"
+        )
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+    return tuple(folder / name for name in names if (folder / name).is_file())
+
+
+# Verification
+
+
+def _verify_folder(model: Model, report: Callable[[str], None], folder: Path) -> None:
+    again = _read_back(model, folder)
+    report(f"byte for byte: {check_round_trip(model, again)} tensors")
+    _against_torch(again, folder, report)
+
+
+def _verify_orbax(model: Model, report: Callable[[str], None], folder: Path) -> None:
+    again = read_model(folder, heads=tuple(p for p in model.params if p != "encoder"))
+    report(f"byte for byte: {check_round_trip(model, again)} tensors")
+    with tempfile.TemporaryDirectory() as scratch:
+        written = write_model(again, Path(scratch) / "torch", tokenizer_files=())
+        _against_torch(again, written, report)
+
+
+def _verify_export(model: Model, report: Callable[[str], None], folder: Path) -> None:
+    import numpy as np
+
+    from minilm_jax.convert.apply import outputs
+
+    batch = random_batch(model)
+    expected = outputs(model.config, model.params, **batch)
+    found = load_export(folder)({name: batch[name] for name in input_names(model)})
+    worst = max(float(np.abs(found[n] - y).max()) for n, y in expected.items())
+    report(f"exported function against the model: largest difference {worst:.2e}")
+    if not worst <= TOLERANCE:
+        raise CheckpointError(f"the exported function differs by {worst:.2e} from the model")
+    with tempfile.TemporaryDirectory() as scratch:
+        written = write_model(model, Path(scratch) / "torch", tokenizer_files=())
+        _against_torch(model, written, report)
+
+
+def _read_back(model: Model, folder: Path) -> Model:
+    heads = tuple(part for part in model.params if part != "encoder")
+    return read_model(folder, heads=heads, nonfinite="keep")
+
+
+def _against_torch(model: Model, folder: Path, report: Callable[[str], None]) -> None:
+    if not has_torch():
+        report("PyTorch is not installed: its outputs were not compared")
+        return
+    config = read_json(folder / "config.json")
+    # What PyTorch will read, not what we meant to write.
+    from_hf_config(config, name=str(folder / "config.json"))
+    comparisons = compare_with_torch(model, folder, architecture=config["architectures"][0])
+    refuse_disagreement(comparisons, report=report)
+
+
+# Progress
+
+
+class _Meter:
+    """Prints bytes done to stderr, at most every two seconds, for whoever waits on gigabytes."""
+
+    def __init__(self, verb: str) -> None:
+        self.verb = verb
+        self.next = time.monotonic() + 2.0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now < self.next:
+            return
+        self.next = now + 2.0
+        share = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"
+        print(f"{self.verb} {share} ({done / total:.0%}), {name}", file=sys.stderr, flush=True)

@@ -1,0 +1,487 @@
+"""The distillation job: text and teacher in, a trained student as a Hugging Face folder out."""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+from minilm_jax.convert.folder import read_model, write_model
+from minilm_jax.convert.model import Model
+from minilm_jax.data.batches import BatchConfig, Batches
+from minilm_jax.data.corpus import Corpus
+from minilm_jax.data.masking import Masking
+from minilm_jax.data.prefetch import Prefetch
+from minilm_jax.data.prepare import prepare
+from minilm_jax.data.sources import TextSource, read_documents
+from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
+from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from minilm_jax.distill.baselines import init_mlm
+from minilm_jax.distill.objective import Objective
+from minilm_jax.distill.objectives import RelationObjective
+from minilm_jax.distill.student import StudentConfig, init_student, student_encoder_config
+from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.encoder import init_params
+from minilm_jax.errors import ConfigError
+from minilm_jax.reductions import Loss
+from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.hosts import join, wait_for_all, writes
+from minilm_jax.train.loop import TrainConfig, fit
+from minilm_jax.train.monitor import Monitor, plot_loss
+from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from minilm_jax.train.run_folder import (
+    METRICS,
+    RESULT,
+    open_run,
+    read_json,
+    settle,
+    write_json,
+)
+from minilm_jax.train.state import create_state
+from minilm_jax.train.step import make_evaluation, make_step
+
+PLOT, STUDENT = "loss.png", "student"
+EXPORTED_HEADS = ("mlm",)
+"""Trained modules that are part of the student; learned projections are not."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The model to learn from."""
+
+    source: str
+    """A Hugging Face folder, or a Hub id; a name for the log where `init` is random."""
+    sha256: str | None = None
+    """Expected SHA-256 of its weight file; checked before anything is loaded."""
+    shape: EncoderConfig | None = None
+    """The shape it is expected to have: lets a run be planned without its weights."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: made up from `shape`, with a vocabulary learnt from the run's own text. For smoke
+    runs; nothing is learnt from such a teacher."""
+
+    def __post_init__(self) -> None:
+        if self.init == "random" and self.shape is None:
+            raise ConfigError("teacher.init=random needs teacher.shape")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text to learn on: raw text that is tokenised first, or prepared corpora."""
+
+    source: TextSource | None = None
+    """Raw text; tokenised into OUTPUT/corpus with the teacher's tokenizer."""
+    corpora: tuple[Path, ...] = ()
+    """Folders made by `minilm-jax prepare`, instead of a source."""
+    heldout: float = 0.05
+    """Share of a source's documents that is kept out of training."""
+    evaluate_batches: int = 16
+    """Held-out batches the loss is measured on, at most."""
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (not self.corpora):
+            raise ConfigError("give exactly one of text.source and text.corpora")
+        if not 0.0 < self.heldout < 1.0:
+            raise ConfigError(f"text.heldout must be between 0 and 1, got {self.heldout}")
+        if self.evaluate_batches < 1:
+            raise ConfigError(
+                f"text.evaluate_batches must be at least 1, got {self.evaluate_batches}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """One distillation run."""
+
+    output: Path
+    """The run's folder: config, metrics, plot, checkpoints and, at the end, the student."""
+    teacher: TeacherConfig
+    student: StudentConfig
+    text: TextConfig
+    objective: Objective = dataclasses.field(default_factory=RelationObjective)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    override: tuple[str, ...] = ()
+    """Dotted names of settings that may differ from the run that is resumed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainConfig:
+    """Distillation by way of a teacher assistant (MiniLM, section 3.3): two runs in turn.
+
+    Each has its own folder and is resumed, or skipped when it is finished, like any run.
+    """
+
+    assistant: DistillConfig
+    student: DistillConfig
+    """Its teacher.source is ASSISTANT: the first run's student."""
+
+    def __post_init__(self) -> None:
+        if self.student.teacher.source != ASSISTANT:
+            raise ConfigError(
+                f"student.teacher.source of a chain is {ASSISTANT!r}, got "
+                f"{self.student.teacher.source!r}"
+            )
+        if self.assistant.output == self.student.output:
+            raise ConfigError(f"assistant and student both write to {self.student.output}")
+
+    def stages(self) -> tuple[DistillConfig, DistillConfig]:
+        """Returns both runs, the second with the first one's student as its teacher."""
+        shape = self.assistant.teacher.shape
+        teacher = TeacherConfig(
+            source=str(self.assistant.output / STUDENT),
+            shape=shape and student_encoder_config(self.assistant.student, shape),
+        )
+        return self.assistant, dataclasses.replace(self.student, teacher=teacher)
+
+
+ASSISTANT = "assistant"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillResult:
+    """What a finished run reports."""
+
+    student: str
+    """The Hugging Face folder."""
+    steps: int
+    seconds: float
+    """Of the start that finished the run."""
+    heldout: dict[str, float]
+    """Held-out loss of the student before and after, and of the reference points."""
+
+
+def run(
+    config: DistillConfig | ChainConfig, *, say: Callable[[str], None] = print
+) -> DistillResult:
+    """Returns the figures of a finished run, after training what is left of it.
+
+    Started again after an interruption it continues; started again when finished it says so.
+    Everything that can be checked is checked before the first step.
+    """
+    first = config.assistant if isinstance(config, ChainConfig) else config
+    join(first.train.hosts, say=say)
+    if not writes():
+        say = _nothing
+    if isinstance(config, ChainConfig):
+        assistant, student = config.stages()
+        say("— teacher assistant —")
+        made = _prepare(assistant, say)
+        # The second run's settings are checked before the first one spends a week.
+        student.objective.check(made.shape, student_encoder_config(student.student, made.shape))
+        made.finish()
+        say("\n— student —")
+        return _prepare(student, say).finish()
+    return _prepare(config, say).finish()
+
+
+def _nothing(_: str) -> None:
+    """Stands for `print` in the processes that are not the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run whose settings were checked; `finish` does what is left of it."""
+
+    config: DistillConfig
+    teacher: Model
+    shape: EncoderConfig
+    devices: Devices
+    schedule: optax.Schedule
+    say: Callable[[str], None]
+
+    def finish(self) -> DistillResult:
+        """Returns the result, computed or read."""
+        config, began = self.config, time.monotonic()
+        described = describe(config, self.teacher)
+        owned = open_run(config.output, described, override=config.override)
+        with owned if writes() else nullcontext():
+            if (config.output / RESULT).exists():
+                result = DistillResult(**read_json(config.output / RESULT))
+                self.say(
+                    f"{config.output} is finished after {result.steps:,} steps; nothing to do."
+                )
+            else:
+                self.say(_opening(config, self.teacher.config, self.shape, self.devices))
+                result = self._export(*self._train(), began)
+            _summarise(result, config, self.say)
+            return result
+
+    def _export(
+        self, params: dict[str, Any], figures: dict[str, float], tokenizer: Tokenizer, began: float
+    ) -> DistillResult:
+        """Writes student, plot and result."""
+        config, target = self.config, self.config.output / STUDENT
+        kept = {name: params[name] for name in ("encoder", *EXPORTED_HEADS) if name in params}
+        student = dataclasses.replace(
+            self.teacher, config=self.shape, params=self.devices.fetch(kept), stored_dtypes={}
+        )
+        result = DistillResult(
+            student=str(target),
+            steps=config.train.steps,
+            seconds=time.monotonic() - began,
+            heldout=figures,
+        )
+        if writes():
+            write_model(student, target, tokenizer_files=tokenizer.files)
+            plot_loss(config.output / METRICS, config.output / PLOT)
+            write_json(config.output / RESULT, dataclasses.asdict(result))
+        wait_for_all("exported")
+        return result
+
+    def _train(self) -> tuple[dict[str, Any], dict[str, float], Tokenizer]:
+        """Returns the trained parameters, the held-out figures and the tokenizer."""
+        config, teacher, devices = self.config, self.teacher, self.devices
+        tokenizer = _tokenizer(config, teacher)
+        train, heldout = _batches(config, tokenizer, self.say)
+        mask = _masking(config, tokenizer)
+        loss = config.objective.make_loss(teacher.config, self.shape, config.compute)
+        frozen = devices.place(needed_params(teacher, config.objective))
+        rows = devices.rows(config.batch.batch_size)
+        held = itertools.islice(heldout.evaluation_batches(rows=rows), config.text.evaluate_batches)
+        evaluate = _evaluator(
+            devices, loss, frozen, [mask(batch, step) for step, batch in enumerate(held)]
+        )
+        key, other_key = jax.random.split(jax.random.key(config.train.seed))
+
+        def start(**changes: Any) -> dict[str, Any]:
+            student = dataclasses.replace(config.student, **changes)
+            encoder = init_student(key, student, teacher.config, teacher.params["encoder"])
+            new = config.objective.new_params(other_key, teacher.config, self.shape)
+            return {"encoder": encoder, **new}
+
+        # Functions of the config alone: a resumed run finds the same.
+        figures = {"before": evaluate(start())}
+        figures["untrained"] = evaluate(start(init="random", embeddings="random"))
+        if _fits_in(self.shape, teacher.config):
+            figures["copied"] = evaluate(start(init="teacher"))
+        optimizer = make_optimizer(
+            config.optimizer,
+            steps=config.train.steps,
+            undecayed=config.objective.unreached(self.shape),
+        )
+        step = make_step(
+            loss,
+            optimizer,
+            seed=config.train.seed,
+            accumulate=config.train.accumulate,
+            nonfinite=config.train.nonfinite,
+        )
+        with Checkpoints(config.output / "checkpoints", keep=config.train.keep) as checkpoints:
+            state = fit(
+                devices.lift_step(step),
+                create_state(start(), optimizer),
+                frozen,
+                # Placed by the thread that makes it: the copy overlaps with the step before.
+                lambda first: Prefetch(
+                    lambda number: devices.place_batch(mask(train.at(number, rows=rows), number)),
+                    start=first,
+                    stop=config.train.steps,
+                ),
+                config=config.train,
+                devices=devices,
+                checkpoints=checkpoints,
+                make_monitor=lambda first: Monitor(
+                    config.output / METRICS, steps=config.train.steps, first_step=first
+                ),
+                schedule=self.schedule,
+            )
+        figures["after"] = evaluate(state.params)
+        return state.params, figures, tokenizer
+
+
+def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
+    """Returns the run with everything checked that can be before its folder is touched."""
+    if jax.process_count() > 1 and config.text.source is not None:
+        raise ConfigError(
+            "text.source is tokenised by one process: with several, make it once with "
+            "minilm-jax prepare and give text.corpora"
+        )
+    devices = Devices(config.train.lift, fsdp=config.train.fsdp)
+    devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
+    if config.teacher.shape is not None:
+        # What the shape alone tells needs no download.
+        config.objective.check(
+            config.teacher.shape, student_encoder_config(config.student, config.teacher.shape)
+        )
+    teacher = load_teacher(config)
+    shape = student_encoder_config(config.student, teacher.config)
+    config.objective.check(teacher.config, shape)
+    if config.batch.sequence_length > teacher.config.max_length:
+        raise ConfigError(
+            f"batch.sequence_length={config.batch.sequence_length} is longer than the teacher's "
+            f"{teacher.config.max_length} positions"
+        )
+    schedule = make_schedule(config.optimizer, steps=config.train.steps)
+    return _Run(config, teacher, shape, devices, schedule, say)
+
+
+def load_teacher(config: DistillConfig) -> Model:
+    """Returns the teacher with the heads the objective needs, or a made-up one."""
+    wanted, heads = config.teacher, config.objective.teacher_heads()
+    if wanted.init == "random" and wanted.shape is not None:
+        key = jax.random.key(0)
+        params = {"encoder": init_params(key, wanted.shape)}
+        params |= {head: dict(init_mlm(key, wanted.shape)) for head in heads}
+        return Model(config=wanted.shape, params=params, fingerprint="random")
+    teacher = read_model(wanted.source, sha256=wanted.sha256, heads=heads)
+    for head in heads:
+        if head not in teacher.params:
+            raise ConfigError(
+                f"teacher {wanted.source} has no {head} head, which this objective learns from"
+            )
+    if wanted.shape is not None:
+        for field in dataclasses.fields(EncoderConfig):
+            found, expected = (getattr(c, field.name) for c in (teacher.config, wanted.shape))
+            # Dropout and initialisation are no property of trained weights.
+            if found != expected and field.type in ("int", int):
+                raise ConfigError(
+                    f"teacher {wanted.source} has {field.name}={found}, teacher.shape says "
+                    f"{expected}"
+                )
+    return teacher
+
+
+def _tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer:
+    folder = teacher.tokenizer_folder
+    if folder is None and config.teacher.init == "random" and config.text.source is not None:
+        folder = config.output / "tokenizer"
+        if not folder.exists():
+            learn = (
+                train_sentencepiece
+                if teacher.config.model_type == "xlm-roberta"
+                else train_wordpiece
+            )
+            documents = itertools.islice(read_documents(config.text.source), 1000)
+            learn(documents, output=folder, vocab_size=teacher.config.vocab_size)
+    if folder is None:
+        raise ConfigError(f"teacher {config.teacher.source} has no tokenizer files")
+    return load_tokenizer(folder, vocab_size=teacher.config.vocab_size)
+
+
+def _masking(
+    config: DistillConfig, tokenizer: Tokenizer
+) -> Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]:
+    """Returns (batch, step) -> the batch as the objective wants it: masked, or as it is."""
+    wanted = config.objective.masking()
+    if wanted is None:
+        return lambda batch, step: batch
+    masking = Masking(wanted, seed=config.train.seed, tokenizer=tokenizer)
+    return lambda batch, step: masking(batch, step=step)
+
+
+def _batches(
+    config: DistillConfig, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> tuple[Batches, Batches]:
+    """Returns training and held-out batches, tokenising the text first where that is not done."""
+    folders = config.text.corpora
+    if config.text.source is not None:
+        folders = (config.output / "corpus",)
+        prepare(
+            config.text.source,
+            tokenizer=tokenizer.files[0].parent,
+            output=folders[0],
+            holdout_fraction=config.text.heldout,
+        )
+    made = {}
+    for split in ("train", "heldout"):
+        corpora = [Corpus.open(folder, split=split) for folder in folders]
+        made[split] = Batches(corpora, config.batch, seed=config.train.seed, tokenizer=tokenizer)
+        say(
+            f"{split:<8} {sum(map(len, corpora)):,} documents, "
+            f"{sum(corpus.num_tokens for corpus in corpora):,} tokens"
+        )
+    if writes():
+        settle(config.output / "data.json", made["train"].describe(), override=config.override)
+    return made["train"], made["heldout"]
+
+
+def _evaluator(
+    devices: Devices, loss: Any, frozen: Any, heldout: list[dict[str, np.ndarray]]
+) -> Callable[[Any], float]:
+    """Returns params -> held-out loss; one compiled program for every student measured."""
+    lifted = devices.lift_evaluation(make_evaluation(loss))
+    batches = [devices.place_batch(batch) for batch in heldout]
+
+    def evaluate(params: Any) -> float:
+        placed = devices.place(params)
+        parts = [jax.device_get(lifted(placed, frozen, batch)) for batch in batches]
+        whole: Loss = functools.reduce(functools.partial(jax.tree.map, np.add), parts)
+        return float(whole.value())
+
+    return evaluate
+
+
+def describe(config: DistillConfig, teacher: Model) -> dict[str, Any]:
+    """Returns the resolved config as JSON, with the teacher's fingerprint beside it."""
+    plain = _jsonable(dataclasses.asdict(config))
+    # Where a run lies and which changes it forgives is not what it is.
+    for name in ("override", "output"):
+        plain.pop(name)
+    plain["train"].pop("hosts")
+    return {**plain, "fingerprints": {"teacher": teacher.fingerprint}}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _jsonable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def needed_params(teacher: Model, objective: Objective) -> dict[str, Any]:
+    """Returns the teacher's parameters without the layers above the last one compared."""
+    layers = objective.teacher_layers(teacher.config)
+    unused = {f"layer_{index}" for index in range(layers, teacher.config.num_hidden_layers)}
+    encoder = {name: x for name, x in teacher.params["encoder"].items() if name not in unused}
+    heads = {name: teacher.params[name] for name in objective.teacher_heads()}
+    return {"encoder": encoder, **heads}
+
+
+def _fits_in(student: EncoderConfig, teacher: EncoderConfig) -> bool:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    return all(getattr(student, name) <= getattr(teacher, name) for name in names)
+
+
+def _opening(
+    config: DistillConfig, teacher: EncoderConfig, student: EncoderConfig, devices: Devices
+) -> str:
+    def size(shape: EncoderConfig) -> str:
+        return f"{shape.num_hidden_layers} layers × {shape.hidden_size}"
+
+    return (
+        f"teacher  {config.teacher.source}: {size(teacher)}\n"
+        f"student  {size(student)}, {config.student.init} start\n"
+        f"devices  {devices.count} × {devices.devices[0].device_kind}, {config.train.lift}"
+    )
+
+
+def _summarise(result: DistillResult, config: DistillConfig, say: Callable[[str], None]) -> None:
+    lines = {
+        "before": "the student before training",
+        "after": "the student after training",
+        "untrained": "reference: untrained student",
+        "copied": "reference: the teacher's layers, evenly spread, not trained",
+    }
+    relations = isinstance(config.objective, RelationObjective)
+    what = "relation KL, mean over documents" if relations else "loss"
+    say(f"\nheld-out {what} (lower is nearer to the teacher)")
+    for name, text in lines.items():
+        if name in result.heldout:
+            say(f"  {result.heldout[name]:8.4f}  {text}")
+    say(
+        f"\nstudent  {result.student}: a Hugging Face folder, loads in transformers\n"
+        f"metrics  {config.output / METRICS}, plot {config.output / PLOT}\n"
+        f"next     minilm-jax convert {result.student} TARGET --verify    (docs/conversion.md)\n"
+        "         minilm-jax finetune experiments/finetune/…             (docs/tasks.md)"
+    )

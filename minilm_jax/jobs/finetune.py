@@ -1,0 +1,574 @@
+"""The fine-tuning job: a distilled model and a task in; the best checkpoint and its scores out."""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from minilm_jax.convert.folder import write_model
+from minilm_jax.convert.model import Model
+from minilm_jax.data.prefetch import Prefetch
+from minilm_jax.data.tokenizers import Tokenizer
+from minilm_jax.encoder.config import Compute
+from minilm_jax.encoder.encoder import init_params
+from minilm_jax.errors import ConfigError
+from minilm_jax.jobs.evaluate import (
+    BEST,
+    PREDICTIONS,
+    RESULTS,
+    Evaluator,
+    PartData,
+    check_length,
+    describe_scores,
+    digest,
+    jsonable,
+    load,
+    named_labels,
+    report_skips,
+    result_rows,
+    write_tables,
+)
+from minilm_jax.tasks.answers import AnswerConfig
+from minilm_jax.tasks.batches import RowConfig, TaskBatches
+from minilm_jax.tasks.catalog import TASKS, Part, Task, TaskData, TaskName, all_languages, read_part
+from minilm_jax.tasks.examples import Skips
+from minilm_jax.tasks.features import LengthConfig, question_features, text_features
+from minilm_jax.tasks.losses import TaskModel, init_head
+from minilm_jax.tasks.own import label_names
+from minilm_jax.tasks.tables import ResultRow, append_rows, mean_and_deviation, read_rows
+from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.loop import TrainConfig, fit
+from minilm_jax.train.monitor import Monitor
+from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from minilm_jax.train.run_folder import METRICS, RESULT, open_run, read_json, write_json
+from minilm_jax.train.state import create_state
+from minilm_jax.train.step import make_step
+
+EVALUATIONS = "evaluations.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long a run trains, and what it looks at on the way."""
+
+    epochs: int = 3
+    """Passes over the training set."""
+    max_steps: int = 0
+    """Steps in all, whatever the epochs; 0: the epochs decide."""
+    warmup_ratio: float = 0.0
+    """Share of the steps that warms up; 0: optimizer.warmup_steps decide."""
+    evaluate_every: int = 0
+    """Steps between evaluations on the selection parts; 0: an epoch."""
+    patience: int = 0
+    """Evaluations without improvement after which the run ends; 0: never."""
+    keep_models: Literal["best", "all"] = "best"
+    """all: each evaluated checkpoint is kept as a model, too (step-…)."""
+    seed: int = 0
+    """Of the new head, the order of the examples and dropout."""
+    accumulate: int = 1
+    """Micro-batches a step; memory falls, numbers stay."""
+    lift: Literal["pmap", "mesh"] = "pmap"
+    """pmap: data parallel. mesh: jit over data × fsdp."""
+    fsdp: int = 1
+    """Devices a parameter is sharded over; needs lift=mesh."""
+    log_every: int = 50
+    """Steps between metrics."""
+    save_every: int = 1000
+    """Steps between checkpoints of the training state."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "evaluate_every", "patience"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"schedule.{name} must not be negative")
+        if self.epochs < 1:
+            raise ConfigError(f"schedule.epochs must be at least 1, got {self.epochs}")
+        if not 0.0 <= self.warmup_ratio < 1.0:
+            raise ConfigError(f"schedule.warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Values to try in all combinations; what is not given stays as the run has it."""
+
+    learning_rates: tuple[float, ...] = ()
+    epochs: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    """Figures of one learning rate and number of epochs become mean ± standard deviation."""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to sweep."""
+        return bool(self.learning_rates or self.epochs or self.seeds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """One fine-tuning run, or a sweep of them."""
+
+    task: TaskName
+    """GLUE's nine, squad1, squad2, xnli, mlqa; texts and questions are your own data."""
+    model: str
+    """A Hugging Face folder or a Hub id: the encoder to start from, with its tokenizer."""
+    init: Literal["checkpoint", "random"] = "checkpoint"
+    """random draws every weight anew: the baseline that shows what the checkpoint is worth."""
+    data: TaskData
+    output: Path
+    """The run's folder: config, metrics, evaluations, checkpoints, the best model, tables."""
+    train_languages: tuple[str, ...] = ("en",)
+    """XNLI: English alone is zero-shot transfer; several are translate-train."""
+    select_languages: tuple[str, ...] = ()
+    """Dev sets that select checkpoints; none given: the task's own rule (XNLI: all 15 together,
+    MLQA: English)."""
+    report: Literal["task", "none"] = "task"
+    """What the best model is scored on at the end: the split the papers report, or nothing."""
+    name: str = ""
+    """What tables call the model; "" is the output folder's name."""
+    lengths: LengthConfig = dataclasses.field(default_factory=LengthConfig)
+    answers: AnswerConfig = dataclasses.field(default_factory=AnswerConfig)
+    batch: RowConfig = dataclasses.field(default_factory=RowConfig)
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=5e-5, warmup_steps=0, eps=1e-8, weight_decay=0.0
+        )
+    )
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
+    limit: int = 0
+    """Examples of each part at most, to try things; 0 is all."""
+    override: tuple[str, ...] = ()
+    """Dotted names of settings that may differ from the run that is resumed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What a finished run reports."""
+
+    model: str
+    """The best checkpoint: a Hugging Face folder."""
+    steps: int
+    """Taken; fewer than planned where the run ended early."""
+    best_step: int
+    selection: float
+    """The selecting figure at the best step, in percent."""
+    scores: dict[str, dict[str, float]]
+    """Part → metric → percent, of the best model."""
+
+
+def run(
+    config: FinetuneConfig, *, say: Callable[[str], None] = print
+) -> FinetuneResult | list[FinetuneResult]:
+    """Returns the result of a run, or those of a sweep.
+
+    Started again after an interruption it continues; started again when finished it says so.
+    """
+    if config.sweep.given:
+        return _sweep(config, say)
+    task = TASKS[config.task]
+    devices = Devices(config.schedule.lift, fsdp=config.schedule.fsdp)
+    devices.check_batch(config.batch.batch_size, accumulate=config.schedule.accumulate)
+    source, tokenizer = load(config.model)
+    check_length(config.lengths, source)
+    skips = Skips()
+    examples = _training_examples(config, skips)
+    labels = _labels(task, source, examples)
+    model, params = _start(config, task, source, labels)
+    batches = _batches(config, task, tokenizer, examples, labels, skips)
+    for line in skips.lines():
+        say(f"  {line}")
+    evaluator = Evaluator(
+        task,
+        model,
+        tokenizer,
+        labels=labels,
+        devices=devices,
+        lengths=config.lengths,
+        answers=config.answers,
+        batch=config.batch,
+        compute=config.compute,
+    )
+    # Read before the first step: a missing dev set must not come to light after an hour.
+    selection = [
+        evaluator.read(config.data, part, limit=config.limit) for part in selection_parts(config)
+    ]
+    reported = [
+        evaluator.read(config.data, part, limit=config.limit) for part in report_parts(config)
+    ]
+    training = _Training(config, model, params, batches, devices, tokenizer, evaluator)
+    described = _describe(config, source, examples)
+    with open_run(config.output, described, override=config.override):
+        if (config.output / RESULT).exists():
+            result = FinetuneResult(**read_json(config.output / RESULT))
+            say(f"{config.output} is finished ({result.steps} steps); nothing left to do.")
+            _summarise(config, result, say)
+            return result
+        say(
+            f"{task.name}: {len(examples):,} examples, {len(batches.features):,} rows; model "
+            f"{config.model}; {devices.count} × {devices.devices[0].platform}"
+        )
+        best = training.run(selection, say)
+        result = _report(config, task, tokenizer, evaluator, reported, best, say)
+        write_json(config.output / RESULT, dataclasses.asdict(result))
+        _summarise(config, result, say)
+        return result
+
+
+def selection_parts(config: FinetuneConfig) -> list[Part]:
+    """Returns what selects the best checkpoint: dev sets, never the split that is reported.
+
+    XNLI: the dev sets of all 15 languages together. MLQA: English dev, the only one zero-shot
+    transfer may look at. GLUE and SQuAD report their dev sets, as the papers do.
+    """
+    dev = Part(split="dev")
+    if config.select_languages:
+        return [dataclasses.replace(dev, language=code) for code in config.select_languages]
+    return all_languages("xnli", dev) if config.task == "xnli" else [dev]
+
+
+def report_parts(config: FinetuneConfig) -> list[Part]:
+    """Returns what the best model is scored on: what the papers report."""
+    if config.report == "none":
+        return []
+    match config.task:
+        case "xnli" | "mlqa":
+            return all_languages(config.task, Part(split="test"))
+        case "mnli":
+            return [Part(split="dev"), Part(split="dev-mm")]
+        case "texts" | "questions" if config.data.test is not None:
+            return [Part(split="test")]
+        case _:
+            return [Part(split="dev")]
+
+
+class _Training:
+    """The run between two evaluations, again and again."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: Model,
+        params: dict[str, Any],
+        batches: TaskBatches,
+        devices: Devices,
+        tokenizer: Tokenizer,
+        evaluator: Evaluator,
+    ) -> None:
+        schedule = config.schedule
+        self.config, self.model, self.devices = config, model, devices
+        self.batches, self.tokenizer, self.evaluator = batches, tokenizer, evaluator
+        self.task = TASKS[config.task]
+        self.steps = schedule.max_steps or schedule.epochs * batches.steps_an_epoch
+        self.every = schedule.evaluate_every or batches.steps_an_epoch
+        self.optimizer_config = config.optimizer
+        if schedule.warmup_ratio:
+            self.optimizer_config = dataclasses.replace(
+                config.optimizer, warmup_steps=round(schedule.warmup_ratio * self.steps)
+            )
+        self.optimizer = make_optimizer(self.optimizer_config, steps=self.steps)
+        classes = 1
+        if self.task.kind == "classes":
+            classes = int(np.shape(params["sequence_classifier"]["output"]["bias"])[0])
+        task_model = TaskModel(
+            model.config,
+            self.task.kind,
+            classes=classes,
+            compute=config.compute,
+            head_dropout=head_dropout(model),
+        )
+        step = make_step(
+            task_model.loss, self.optimizer, seed=schedule.seed, accumulate=schedule.accumulate
+        )
+        self.step = devices.lift_step(step)
+        self.start = create_state(params, self.optimizer)
+
+    def run(self, selection: Sequence[PartData], say: Callable[[str], None]) -> dict[str, Any]:
+        """Returns the best evaluation's record, after training and evaluating in turns."""
+        file = self.config.output / EVALUATIONS
+        records: list[dict[str, Any]] = read_json(file) if file.exists() else []
+        checkpoints = Checkpoints(self.config.output / "checkpoints", keep=2)
+        try:
+            while not self._finished(records):
+                until = min(self.steps, (len(records) + 1) * self.every)
+                state = self._fit(until, checkpoints)
+                params = jax.device_get(state.params)
+                record = self._evaluate(int(state.step), params, selection)
+                say(
+                    f"step {record['step']:,}  {record['metric']} {record['selection']:.2f} on "
+                    + ", ".join(record["scores"])
+                )
+                if self.config.schedule.keep_models == "all":
+                    self._write(params, self.config.output / f"step-{record['step']}")
+                if record["selection"] > max((r["selection"] for r in records), default=-1e9):
+                    self._write(params, self.config.output / BEST)
+                records.append(record)
+                write_json(file, records)
+        finally:
+            checkpoints.close()
+        return {**max(records, key=lambda record: record["selection"]), "last": records[-1]["step"]}
+
+    def _finished(self, records: Sequence[dict[str, Any]]) -> bool:
+        if not records:
+            return False
+        best = max(range(len(records)), key=lambda index: records[index]["selection"])
+        waited = len(records) - 1 - best
+        patience = self.config.schedule.patience
+        return records[-1]["step"] >= self.steps or bool(patience and waited >= patience)
+
+    def _fit(self, until: int, checkpoints: Checkpoints) -> Any:
+        """Returns the state after step `until`, from the latest checkpoint on."""
+        schedule = self.config.schedule
+        train = TrainConfig(
+            steps=until,
+            seed=schedule.seed,
+            accumulate=schedule.accumulate,
+            lift=schedule.lift,
+            fsdp=schedule.fsdp,
+            log_every=schedule.log_every,
+            save_every=schedule.save_every,
+        )
+        return fit(
+            self.step,
+            self.start,
+            None,
+            lambda first: Prefetch(self._batch, start=first, stop=until),
+            config=train,
+            devices=self.devices,
+            checkpoints=checkpoints,
+            make_monitor=lambda first: Monitor(
+                self.config.output / METRICS, steps=self.steps, first_step=first
+            ),
+            schedule=make_schedule(self.optimizer_config, steps=self.steps),
+        )
+
+    def _batch(self, step: int) -> Any:
+        batch = self.batches.at(step, seed=self.config.schedule.seed)
+        # Placed by the thread that makes it: the copy overlaps with the step before.
+        return self.devices.place_batch(batch)
+
+    def _evaluate(
+        self, step: int, params: dict[str, Any], selection: Sequence[PartData]
+    ) -> dict[str, Any]:
+        metric = self.task.metrics[0]
+        scores = {}
+        weighted = 0.0
+        for data in selection:
+            result = self.evaluator.score(params, data)
+            if not result.scores:
+                raise ConfigError(f"{data.part} has no labels, so it cannot select checkpoints")
+            scores[str(data.part)] = result.scores
+            weighted += result.scores[metric] * len(data.examples)
+        total = sum(len(data.examples) for data in selection)
+        return {"step": step, "metric": metric, "selection": weighted / total, "scores": scores}
+
+    def _write(self, params: dict[str, Any], folder: Path) -> None:
+        files = self.tokenizer.files
+        write_model(dataclasses.replace(self.model, params=params), folder, tokenizer_files=files)
+
+
+def head_dropout(model: Model) -> float | None:
+    """Returns the classifier's own dropout rate where its config has one, as in transformers."""
+    names = {"distilbert": "seq_classif_dropout", "xlm": "summary_first_dropout"}
+    name = names.get(model.config.model_type, "classifier_dropout")
+    default = {"distilbert": 0.2, "xlm": 0.1}.get(model.config.model_type)
+    found = model.hf_config.get(name, default)
+    return None if found is None else float(found)
+
+
+def _training_examples(config: FinetuneConfig, skips: Skips) -> list[Any]:
+    found: list[Any] = []
+    for code in config.train_languages:
+        part = Part(split="train", language=code)
+        read: list[Any] = list(
+            read_part(config.task, config.data, part, purpose="train", skips=skips)
+        )
+        found += read[: config.limit or None]
+    return found
+
+
+def _labels(task: Task, model: Model, examples: Sequence[Any]) -> tuple[str, ...]:
+    """Returns class names in the order of the outputs: the checkpoint's where it knows them."""
+    if task.kind != "classes":
+        return ()
+    wanted = task.labels or label_names(list(examples), name="the training set")
+    known = {label.casefold(): label for label in wanted}
+    stored = tuple(known.get(name.casefold(), "") for name in named_labels(model))
+    return stored if sorted(stored) == sorted(wanted) else wanted
+
+
+def _start(
+    config: FinetuneConfig, task: Task, source: Model, labels: tuple[str, ...]
+) -> tuple[Model, dict[str, Any]]:
+    """Returns the model to be written, and the parameters to start from."""
+    key = jax.random.key(config.schedule.seed)
+    known = dict(source.params)
+    if config.init == "random":
+        known = {"encoder": init_params(jax.random.fold_in(key, 1), source.config)}
+    same = tuple(name.casefold() for name in named_labels(source)) == tuple(
+        name.casefold() for name in labels
+    )
+    if task.kind == "classes" and not same and "sequence_classifier" in known:
+        # Outputs that stood for other classes are no start for these.
+        head = dict(known["sequence_classifier"])
+        head.pop("output")
+        known["sequence_classifier"] = head
+    params = init_head(
+        key, source.config, task.kind, classes=len(labels) if labels else 1, params=known
+    )
+    hf_config = {**source.hf_config, "finetuning_task": task.name}
+    for name in ("id2label", "label2id", "num_labels", "problem_type"):
+        hf_config.pop(name, None)
+    if labels:
+        hf_config["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        hf_config["label2id"] = {name: i for i, name in enumerate(labels)}
+        hf_config["problem_type"] = "single_label_classification"
+    elif task.kind == "score":
+        hf_config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        hf_config["problem_type"] = "regression"
+    return dataclasses.replace(source, hf_config=hf_config, params=params), params
+
+
+def _batches(
+    config: FinetuneConfig,
+    task: Task,
+    tokenizer: Tokenizer,
+    examples: Sequence[Any],
+    labels: tuple[str, ...],
+    skips: Skips,
+) -> TaskBatches:
+    if task.kind == "span":
+        features = question_features(
+            examples, tokenizer, config=config.lengths, purpose="train", skips=skips
+        )
+    else:
+        features = text_features(examples, tokenizer, config=config.lengths, labels=labels)
+    return TaskBatches(
+        features,
+        config=config.batch,
+        max_length=config.lengths.max_length,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def _describe(config: FinetuneConfig, model: Model, examples: Sequence[Any]) -> dict[str, Any]:
+    plain = jsonable(dataclasses.asdict(config))
+    plain.pop("override")
+    return {**plain, "fingerprints": {"model": model.fingerprint, "data": digest(examples)}}
+
+
+def _report(
+    config: FinetuneConfig,
+    task: Task,
+    tokenizer: Tokenizer,
+    evaluator: Evaluator,
+    reported: Sequence[PartData],
+    best: dict[str, Any],
+    say: Callable[[str], None],
+) -> FinetuneResult:
+    """Returns the result, after scoring the best model and writing its predictions and tables."""
+    folder = config.output / BEST
+    model, _ = load(str(folder))
+    scores, rows = {}, []
+    for data in reported:
+        report_skips(data, say)
+        result = evaluator.score(model.params, data)
+        evaluator.write(result, config.output / PREDICTIONS)
+        scores[str(data.part)] = result.scores
+        rows += result_rows(
+            result,
+            name=config.name or config.output.name,
+            task=task,
+            model=model,
+            tokenizer=tokenizer,
+            settings=config,
+            seed=str(config.schedule.seed),
+        )
+    # A start that was cut off here has written none or all of them.
+    (config.output / RESULTS).unlink(missing_ok=True)
+    append_rows(config.output / RESULTS, rows)
+    write_tables(config.output)
+    return FinetuneResult(
+        model=str(folder),
+        steps=best["last"],
+        best_step=best["step"],
+        selection=best["selection"],
+        scores=scores,
+    )
+
+
+def _summarise(config: FinetuneConfig, result: FinetuneResult, say: Callable[[str], None]) -> None:
+    say(f"\nbest at step {result.best_step:,} of {result.steps:,}: {result.selection:.2f}")
+    for part, scores in result.scores.items():
+        say(f"  {part:<12} {describe_scores(scores)}")
+    say(f"model   {result.model}  (a Hugging Face folder: loads in transformers)")
+    say(f"tables  {config.output / 'tables.md'}")
+
+
+# Sweeps
+
+
+def _sweep(config: FinetuneConfig, say: Callable[[str], None]) -> list[FinetuneResult]:
+    """Returns every run's result, after writing results.csv, tables.md and sweep.json.
+
+    The best setting is that of the best mean of the selecting figure; the tables show its seeds
+    as mean ± standard deviation.
+    """
+    sweep = config.sweep
+    rates = sweep.learning_rates or (config.optimizer.learning_rate,)
+    epochs = sweep.epochs or (config.schedule.epochs,)
+    seeds = sweep.seeds or (config.schedule.seed,)
+    name = config.name or config.output.name
+    results: list[FinetuneResult] = []
+    rows: list[ResultRow] = []
+    settings: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for rate, passes in itertools.product(rates, epochs):
+        found = []
+        for seed in seeds:
+            inner = dataclasses.replace(
+                config,
+                output=config.output / f"lr{rate:g}-epochs{passes}-seed{seed}",
+                name=f"{name} lr {rate:g}, {passes} epochs",
+                optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+                schedule=dataclasses.replace(config.schedule, epochs=passes, seed=seed),
+                sweep=SweepConfig(),
+            )
+            say(f"\n{inner.output.name}")
+            result = run(inner, say=say)
+            assert isinstance(result, FinetuneResult)
+            found.append(result)
+            rows += read_rows(inner.output / RESULTS)
+        values = [result.selection for result in found]
+        settings.append(
+            {
+                "learning_rate": rate,
+                "epochs": passes,
+                "seeds": list(seeds),
+                "selection": values,
+                "mean": statistics.fmean(values),
+                "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "models": [result.model for result in found],
+            }
+        )
+        results += found
+    best = max(settings, key=lambda setting: setting["mean"])
+    write_json(config.output / "sweep.json", {"settings": settings, "best": best})
+    (config.output / RESULTS).unlink(missing_ok=True)
+    append_rows(config.output / RESULTS, rows)
+    write_tables(config.output)
+    metric = TASKS[config.task].metrics[0]
+    seconds = time.monotonic() - began
+    say(f"\n{len(results)} runs in {seconds:.0f} s; {metric} on the selection parts")
+    for setting in settings:
+        mark = "  best" if setting is best else ""
+        say(
+            f"  lr {setting['learning_rate']:g}  epochs {setting['epochs']}  "
+            f"{mean_and_deviation(setting['selection'])}{mark}"
+        )
+    return results

@@ -1,0 +1,61 @@
+"""The inspect job: shows what a corpus holds."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minilm_jax.data.corpus import Split
+from minilm_jax.data.inspection import Inspection, inspect_corpus
+
+_SHOWN_CHARACTERS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """A look into a prepared corpus."""
+
+    corpus: Path
+    """Folder made by `minilm-jax prepare`."""
+    split: Split = "train"
+    """`train` or `heldout`."""
+    sequence_length: int = 512
+    """Tokens of a row, for the packing figures and the rows shown."""
+    layout: Literal["packed", "padded"] = "packed"
+    """How documents share rows."""
+    rows: int = 3
+    """Rows shown as text."""
+    verify: Literal["auto", "hashes", "sizes"] = "auto"
+    """`hashes` reads and checks every byte; `auto` does so up to 2 GiB."""
+
+
+def run(config: InspectConfig, *, say: Callable[[str], None] = print) -> Inspection:
+    """Returns the figures that it shows."""
+    found = inspect_corpus(
+        config.corpus,
+        split=config.split,
+        sequence_length=config.sequence_length,
+        layout=config.layout,
+        rows=config.rows,
+        verify=config.verify,
+    )
+    say(f"documents   {found.documents:,}")
+    say(f"tokens      {found.tokens:,} ({found.dtype}, {found.shards} shards)")
+    say(f"tokenizer   {found.tokenizer}")
+    marks = ", ".join(f"{value:,} ({mark}%)" for mark, value in found.length_percentiles.items())
+    say(f"lengths     {marks}")
+    for code, count in found.languages.items():
+        share = count.tokens / found.tokens
+        name = code or "unknown"
+        say(f"language    {name}: {count.documents:,} documents, {share:.1%} of the tokens")
+    for reason, number in sorted(found.skipped.items()):
+        say(f"skipped     {number:,} {reason}")
+    say(
+        f"{config.layout:<12}{found.efficiency:.2%} of the tokens are text;"
+        f" {found.rows_per_epoch:,} rows of {config.sequence_length} an epoch"
+    )
+    for number, text in enumerate(found.rows):
+        shown = textwrap.shorten(text, _SHOWN_CHARACTERS, placeholder=" …")
+        say(f"\nrow {number}\n{textwrap.fill(shown, 100)}")
+    return found

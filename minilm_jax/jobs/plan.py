@@ -1,0 +1,358 @@
+"""The plan job: what a run needs and takes, before anything is spent on it.
+
+For a TPU slice the run's own step is compiled ahead of time for that slice, which needs no TPU: the
+memory is what the compiler assigned. Time is an estimate:
+
+    step = max(FLOPs / (efficiency · peak), bytes / bandwidth) + 2 · gradient bytes / interconnect
+
+for one device, where FLOPs are those of the matrix products and bytes what XLA says the step reads
+and writes (a loop's body once, so a lower bound). Input, checkpoints and evaluation are not in it.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from minilm_jax.convert.model import Model
+from minilm_jax.distill.baselines import init_mlm
+from minilm_jax.distill.objectives import RelationObjective
+from minilm_jax.distill.student import init_student, student_encoder_config
+from minilm_jax.encoder.encoder import init_params
+from minilm_jax.errors import ConfigError
+from minilm_jax.jobs.distill import (
+    ChainConfig,
+    DistillConfig,
+    load_teacher,
+    needed_params,
+)
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.flops import count_flops
+from minilm_jax.train.hardware import GIB, known_chip, memory_limit, tpu_devices
+from minilm_jax.train.optimizer import make_optimizer
+from minilm_jax.train.state import create_state
+from minilm_jax.train.step import make_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What an experiment would need on some hardware; every setting of the run can be changed."""
+
+    run: Annotated[DistillConfig | ChainConfig, tyro.conf.arg(name="")]
+    """The run, or the chain of two."""
+    hardware: str = "local"
+    """local, or a TPU slice that need not be there: tpu-v5e-256, tpu-v4-256, tpu-v5p:2x2x2."""
+    efficiency: float = 0.4
+    """Share of the peak the matrix products are assumed to reach; not measured on your hardware."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.efficiency <= 1.0:
+            raise ConfigError(f"efficiency must be in (0, 1], got {self.efficiency}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of the fullest device."""
+
+    teacher: int
+    student: int
+    optimizer: int
+    batch: int
+    temporary: int
+    """Activations, gradients and whatever else the compiled step holds while it runs."""
+    code: int
+    limit: int | None
+    """What the device has; None where it does not say."""
+
+    @property
+    def total(self) -> int:
+        """All of it; the new state takes the old one's place."""
+        return (
+            self.teacher + self.student + self.optimizer + self.batch + self.temporary + self.code
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one run needs and takes."""
+
+    name: str
+    hardware: str
+    devices: int
+    lift: str
+    teacher_parameters: int
+    """Of the layers that are run."""
+    student_parameters: int
+    flops: int
+    """Of the matrix products of one step, over all devices."""
+    steps: int
+    tokens: int
+    """Of all steps, padding included."""
+    memory: Memory | None
+    """None where the compiler refused the step for want of memory; `refusal` says why."""
+    refusal: str
+    seconds_a_step: float | None
+    """None where the peak of the device is not known."""
+    advice: tuple[str, ...]
+    """What to change where it does not fit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device holds it, as far as it is known."""
+        memory = self.memory
+        return memory is not None and (memory.limit is None or memory.total <= memory.limit)
+
+
+def run(config: PlanConfig, *, say: Callable[[str], None] = print) -> tuple[Plan, ...]:
+    """Returns a plan for each run of the experiment, after showing it.
+
+    Raises:
+      ConfigError: the settings contradict each other, or the hardware is not known.
+    """
+    local = config.hardware == "local"
+    found = None if local else tpu_devices(config.hardware)
+    stages = config.run.stages() if isinstance(config.run, ChainConfig) else (config.run,)
+    plans = []
+    for stage in stages:
+        devices = Devices(stage.train.lift, fsdp=stage.train.fsdp, devices=found)
+        plans.append(
+            make_plan(stage, devices, hardware=config.hardware, efficiency=config.efficiency)
+        )
+        say(("" if len(plans) == 1 else "\n") + describe_plan(plans[-1]))
+    return tuple(plans)
+
+
+def make_plan(config: DistillConfig, devices: Devices, *, hardware: str, efficiency: float) -> Plan:
+    """Returns the plan of one run on devices that may be only described; compiles its step."""
+    devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
+    step, state, frozen, batch = abstract_step(config, devices)
+    flops = _step_flops(config)
+    refusal, memory, bytes_accessed = "", None, 0.0
+    try:
+        compiled = step.lower(state, frozen, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        refusal = str(error).strip().partition("\n")[0][:300]
+        if "RESOURCE_EXHAUSTED" not in refusal:
+            raise
+    else:
+        memory = _memory(compiled, state, frozen, batch, devices)
+        bytes_accessed = float((compiled.cost_analysis() or {}).get("bytes accessed", 0.0))
+    peak = _peak(devices)
+    seconds = None
+    if peak is not None:
+        seconds = flops / devices.count / (efficiency * peak)
+        chip = known_chip(devices.devices[0])
+        if chip is not None:
+            seconds = max(seconds, bytes_accessed / chip.bandwidth)
+            if devices.count > 1:
+                gradient = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(state.params))
+                seconds += 2 * gradient / chip.interconnect
+    plan = Plan(
+        name=str(config.output),
+        hardware=hardware,
+        devices=devices.count,
+        lift=devices.lift if config.train.fsdp == 1 else f"mesh, fsdp {config.train.fsdp}",
+        teacher_parameters=_parameters(frozen),
+        student_parameters=_parameters(state.params),
+        flops=flops,
+        steps=config.train.steps,
+        tokens=config.train.steps * config.batch.batch_size * config.batch.sequence_length,
+        memory=memory,
+        refusal=refusal,
+        seconds_a_step=seconds,
+        advice=(),
+    )
+    return plan if plan.fits else dataclasses.replace(plan, advice=_advice(config, devices))
+
+
+def abstract_step(config: DistillConfig, devices: Devices) -> tuple[Any, Any, Any, Any]:
+    """Returns the lifted step of a run and the shapes (state, frozen, batch) it takes.
+
+    No weight is read where `teacher.shape` is given.
+    """
+    objective = config.objective
+    teacher = _described_teacher(config)
+    shape = student_encoder_config(config.student, teacher.config)
+    objective.check(teacher.config, shape)
+    optimizer = make_optimizer(
+        config.optimizer, steps=config.train.steps, undecayed=objective.unreached(shape)
+    )
+
+    def start(encoder: Any) -> Any:
+        key = jax.random.key(0)
+        params = {"encoder": init_student(key, config.student, teacher.config, encoder)}
+        params |= objective.new_params(key, teacher.config, shape)
+        return create_state(params, optimizer)
+
+    state = jax.eval_shape(start, teacher.params["encoder"])
+    frozen = needed_params(teacher, objective)
+    loss = objective.make_loss(teacher.config, shape, config.compute)
+    step = make_step(
+        loss,
+        optimizer,
+        seed=config.train.seed,
+        accumulate=config.train.accumulate,
+        nonfinite=config.train.nonfinite,
+    )
+    return (
+        devices.lift_step(step),
+        devices.abstract(state),
+        devices.abstract(frozen),
+        devices.abstract_batch(_batch_shapes(config)),
+    )
+
+
+def _batch_shapes(config: DistillConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    rows, length = config.batch.batch_size, config.batch.sequence_length
+    names = ["input_ids", "segments"]
+    if config.objective.masking() is not None:
+        names.append("labels")
+    shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+    return shapes | {"rows": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+
+
+def _described_teacher(config: DistillConfig) -> Model:
+    """Returns the teacher with shapes for parameters; its weights are read only without a shape."""
+    shape = config.teacher.shape
+    if shape is None:
+        teacher = load_teacher(config)
+        return dataclasses.replace(teacher, params=jax.eval_shape(lambda: teacher.params))
+
+    def made() -> dict[str, Any]:
+        key = jax.random.key(0)
+        heads = {head: dict(init_mlm(key, shape)) for head in config.objective.teacher_heads()}
+        return {"encoder": init_params(key, shape), **heads}
+
+    return Model(config=shape, params=jax.eval_shape(made))
+
+
+def _step_flops(config: DistillConfig) -> int:
+    """Returns the matrix products of a step over the whole batch, its relations written out."""
+    objective = config.objective
+    if isinstance(objective, RelationObjective):
+        # The others loop over blocks as far as the longest row, which a trace cannot know.
+        objective = dataclasses.replace(objective, implementation="reference")
+    teacher = _described_teacher(config)
+    shape = student_encoder_config(config.student, teacher.config)
+    loss = objective.make_loss(teacher.config, shape, config.compute)
+
+    def gradient(student: Any, frozen: Any, batch: Any) -> Any:
+        def total(student: Any) -> Any:
+            return loss(student, frozen, batch, jax.random.key(0)).value()
+
+        return jax.grad(total)(student)
+
+    key = jax.random.key(0)
+    student = jax.eval_shape(
+        lambda: (
+            {"encoder": init_params(key, shape)}
+            | dict(objective.new_params(key, teacher.config, shape))
+        )
+    )
+    return count_flops(gradient, student, needed_params(teacher, objective), _batch_shapes(config))
+
+
+def _memory(compiled: Any, state: Any, frozen: Any, batch: Any, devices: Devices) -> Memory:
+    analysis = compiled.memory_analysis()
+    # What is donated is counted once; the rest of the output (metrics) is small but there.
+    new = max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+    return Memory(
+        teacher=_bytes(frozen),
+        student=_bytes(state.params),
+        optimizer=_bytes(state.opt_state),
+        batch=_bytes(batch),
+        temporary=analysis.temp_size_in_bytes + new,
+        code=analysis.generated_code_size_in_bytes,
+        limit=memory_limit(devices.devices[0]),
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Returns what one device holds of a placed tree."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _parameters(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _peak(devices: Devices) -> float | None:
+    """Returns the FLOPs a second of one device: published, or of this CPU as it is measured."""
+    device = devices.devices[0]
+    chip = known_chip(device)
+    if chip is not None:
+        return chip.flops
+    if device.platform != "cpu":
+        return None
+    size, calls = 1024, 8
+    square = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(square).block_until_ready()
+    began = time.monotonic()
+    for _ in range(calls):
+        multiply(square).block_until_ready()
+    # Emulated devices share the cores.
+    return calls * 2 * size**3 / (time.monotonic() - began) / devices.count
+
+
+def _advice(config: DistillConfig, devices: Devices) -> tuple[str, ...]:
+    """Returns what makes it smaller, the cheapest first."""
+    rows = config.batch.batch_size // devices.count
+    accumulate = config.train.accumulate
+    larger = next((n for n in range(accumulate + 1, rows + 1) if rows % n == 0), None)
+    advice = []
+    if larger is not None:
+        advice.append(f"--train.accumulate {larger}: fewer rows at a time, the same numbers")
+    if not config.compute.remat:
+        advice.append("--compute.remat True: activations are recomputed, about a third more time")
+    if config.compute.dtype == "float32":
+        advice.append("--compute.dtype bfloat16: half the activations")
+    if config.train.fsdp < devices.count:
+        wanted = next(
+            n for n in range(2 * config.train.fsdp, devices.count + 1) if devices.count % n == 0
+        )
+        advice.append(
+            f"--train.lift mesh --train.fsdp {wanted}: teacher, student and optimizer are divided"
+        )
+    advice.append("more devices, or devices with more memory")
+    return tuple(advice)
+
+
+def describe_plan(plan: Plan) -> str:
+    """Returns the plan as lines of text."""
+    lines = [
+        f"run         {plan.name}",
+        f"hardware    {plan.hardware}: {plan.devices} devices, {plan.lift}",
+        f"parameters  teacher {plan.teacher_parameters / 1e6:.1f} M (the layers that are run), "
+        f"student {plan.student_parameters / 1e6:.1f} M",
+        f"a step      {plan.flops:.3g} FLOPs of matrix products over all devices",
+        f"the run     {plan.steps:,} steps, {plan.tokens / 1e9:.3g} billion tokens with padding, "
+        f"{plan.flops * plan.steps:.3g} FLOPs",
+    ]
+    memory = plan.memory
+    if memory is not None:
+        lines.append("memory of a device")
+        parts = ("teacher", "student", "optimizer", "batch", "temporary", "code", "total")
+        lines += [f"  {name:<10}{getattr(memory, name) / GIB:8.3f} GiB" for name in parts]
+        if memory.limit is not None:
+            lines.append(f"  of        {memory.limit / GIB:8.3f} GiB")
+    if plan.seconds_a_step is None:
+        lines.append("time        not known: the peak of this device is not in our table")
+    else:
+        lines.append(
+            f"time        {plan.seconds_a_step * 1e3:.3g} ms a step, "
+            f"{plan.seconds_a_step * plan.steps / 3600:.3g} hours: an estimate, see docs/tpu.md"
+        )
+    if plan.fits:
+        lines.append("fits        yes")
+    else:
+        lines.append(f"fits        no{': ' + plan.refusal if plan.refusal else ''}")
+        lines += [f"  try       {line}" for line in plan.advice]
+    return "\n".join(lines)

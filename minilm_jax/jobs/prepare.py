@@ -1,0 +1,85 @@
+"""The prepare job: raw text in, a token corpus out."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from minilm_jax.data.corpus import Manifest
+from minilm_jax.data.prepare import Progress, prepare
+from minilm_jax.data.sources import TextSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """One corpus. Run the same command again to go on after an interruption."""
+
+    source: TextSource
+    """The text."""
+    tokenizer: Path
+    """Folder of the tokenizer: usually the teacher's model folder."""
+    output: Path
+    """Folder of the corpus."""
+    workers: int | None = None
+    """Processes; 0 works in this one, None takes one for each core."""
+    heldout: float = 0.0
+    """Share of the documents, chosen by a hash of their text, that is kept out of training."""
+    shard_tokens: int = 64 << 20
+    """Tokens of a shard; an interruption loses at most the shard in the making, per worker."""
+
+
+def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifest:
+    """Returns the manifest of the finished corpus."""
+    bar = _Bar() if sys.stderr.isatty() else None
+    try:
+        manifest = prepare(
+            config.source,
+            tokenizer=config.tokenizer,
+            output=config.output,
+            workers=config.workers,
+            holdout_fraction=config.heldout,
+            shard_tokens=config.shard_tokens,
+            progress=bar.show if bar else None,
+        )
+    finally:
+        if bar:
+            bar.close()
+    for split, shards in manifest.splits.items():
+        if shards:
+            documents = sum(shard.documents for shard in shards)
+            tokens = sum(shard.tokens for shard in shards)
+            say(f"{split:<9}{documents:>14,} documents {tokens:>18,} tokens")
+    for reason, count in sorted(manifest.skipped.items()):
+        say(f"skipped  {count:>14,} {reason}")
+    say(f"corpus   {config.output}")
+    return manifest
+
+
+class _Bar:
+    """A progress bar on a terminal; elsewhere nothing is drawn."""
+
+    def __init__(self) -> None:
+        # Here: half of rich is not needed where no terminal is.
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("prepare"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=1.0, count="")
+        self._bar.start()
+
+    def show(self, progress: Progress) -> None:
+        rate = progress.tokens / max(progress.seconds, 1e-9)
+        count = f"{progress.documents:,} documents, {rate / 1e6:.2f} M tokens/s"
+        self._bar.update(self._task, completed=progress.done, count=count)
+
+    def close(self) -> None:
+        self._bar.stop()
