@@ -1,0 +1,25 @@
+"""6×384 from BERT-base: MiniLM without the value relation.
+
+command   minilm-jax distill experiments/ablations/bert_base_6x384_no_value_relation.py
+smoke     the same with :smoke behind the file; seconds, random weights, no network
+corpus    corpora/wikipedia-books, made once by minilm-jax prepare (docs/data.md)
+hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100 with mixed precision
+cost      not measured; `minilm-jax plan` estimates it for your hardware
+paper     MiniLM Table 5 (SQuAD2 F1 / MNLI-m / SST-2): 71.0 / 80.9 / 89.9
+unsure    The paper restates 400,000 steps for the 6×768 student only; epsilon, clipping and
+          initialisation are not in it (1e-6, 1.0 and random here).
+"""
+
+from minilm_jax.distill.objectives import RelationObjective
+from minilm_jax.jobs.recipes import TEACHERS, at_toy_size, minilm_v1
+
+config = minilm_v1(
+    "ablations/bert_base_6x384_no_value_relation",
+    teacher=TEACHERS["bert-base"],
+    layers=6,
+    hidden=384,
+    batch_size=256,
+    learning_rate=3e-4,
+    objective=RelationObjective(relations=(("qk", 1.0),)),
+)
+smoke = at_toy_size(config)
