@@ -1,0 +1,504 @@
+"""Every form and spelling of a checkpoint reads as the same model; every form out reads back."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch_archive as ta
+from small_models import CONFIG, bert_weights, save_weights, small_bert
+
+from minilm_jax.convert import hub
+from minilm_jax.convert.apply import outputs
+from minilm_jax.convert.export import load_export, write_export
+from minilm_jax.convert.folder import read_model, write_model
+from minilm_jax.convert.model import Model, flatten
+from minilm_jax.convert.orbax_form import write_orbax
+from minilm_jax.convert.sentence import Sentence
+from minilm_jax.convert.verify import check_round_trip, random_batch
+from minilm_jax.errors import CheckpointError
+from minilm_jax.jobs.convert import ConvertConfig, run
+
+
+def _same(first: Model, second: Model) -> None:
+    before, after = dict(flatten(first.params)), dict(flatten(second.params))
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(leaf, after[path], err_msg=path)
+
+
+@pytest.fixture
+def good(tmp_path) -> Model:
+    return read_model(small_bert(tmp_path / "good"))
+
+
+def _folder(tmp_path: Path, tensors: dict[str, np.ndarray] | None = None, **config) -> Path:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    if tensors is not None:
+        save_weights(folder / "model.safetensors", tensors)
+    return folder
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "bert.",
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "0.auto_model.",
+        "module.module.bert.",
+        "bert.bert.",
+    ],
+)
+def test_44_prefixes(prefix, good, tmp_path):
+    named = {prefix + name: tensor for name, tensor in bert_weights().items()}
+    _same(good, read_model(_folder(tmp_path, named)))
+
+
+def test_43_old_layer_norm_names(good, tmp_path):
+    def old(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+
+    _same(good, read_model(_folder(tmp_path, {old(n): t for n, t in bert_weights().items()})))
+
+
+def test_position_buffers_are_left_out(good, tmp_path):
+    buffers = {"embeddings.position_ids": np.arange(20)[None]}
+    _same(good, read_model(_folder(tmp_path, bert_weights() | buffers)))
+
+
+def _mlm(decoder: str) -> dict[str, np.ndarray]:
+    weights = {f"bert.{n}": t for n, t in bert_weights().items() if "pooler" not in n}
+    table = weights["bert.embeddings.word_embeddings.weight"]
+    if decoder != "embedding":
+        weights["cls.predictions.decoder.weight"] = table
+    if decoder == "decoder":
+        del weights["bert.embeddings.word_embeddings.weight"]
+    bias = np.arange(40, dtype=np.float32)
+    return weights | {
+        "cls.predictions.bias": bias,
+        "cls.predictions.decoder.bias": bias,
+        "cls.predictions.transform.dense.weight": np.ones((16, 16), np.float32),
+        "cls.predictions.transform.dense.bias": np.ones(16, np.float32),
+        "cls.predictions.transform.LayerNorm.weight": np.ones(16, np.float32),
+        "cls.predictions.transform.LayerNorm.bias": np.ones(16, np.float32),
+    }
+
+
+@pytest.mark.parametrize("decoder", ["embedding", "decoder", "both"])
+def test_42_tied_decoder(decoder, tmp_path):
+    settings = {"architectures": ["BertForMaskedLM"]}
+    model = read_model(_folder(tmp_path, _mlm(decoder), **settings))
+    assert set(model.params) == {"encoder", "mlm"}
+    table = bert_weights()["embeddings.word_embeddings.weight"]
+    np.testing.assert_array_equal(model.params["encoder"]["embeddings"]["word"]["embedding"], table)
+
+
+def test_41_heads_are_read_as_asked(tmp_path):
+    folder = _folder(tmp_path, _mlm("both"))
+    assert set(read_model(folder).params) == {"encoder", "mlm"}
+    assert set(read_model(folder, heads=()).params) == {"encoder"}
+    with pytest.raises(CheckpointError, match=r"missing bert\.pooler|missing pooler"):
+        read_model(folder, heads=("pooler",))
+
+
+def test_one_classifier_name_for_two_heads(tmp_path):
+    head = {
+        "classifier.weight": np.ones((3, 16), np.float32),
+        "classifier.bias": np.ones(3, np.float32),
+    }
+    folder = _folder(tmp_path, bert_weights() | head, architectures=[])
+    with pytest.raises(
+        CheckpointError, match="may belong to sequence_classifier or token_classifier"
+    ):
+        read_model(folder)
+    found = read_model(folder, heads=("sequence_classifier",)).params
+    assert found["sequence_classifier"]["output"]["kernel"].shape == (16, 3)
+    assert set(read_model(folder, heads=("token_classifier", "pooler")).params) == {
+        "encoder",
+        "pooler",
+        "token_classifier",
+    }
+    labels = {"id2label": {"0": "no", "1": "yes"}}
+    (folder / "config.json").write_text(json.dumps(CONFIG | labels))
+    with pytest.raises(CheckpointError, match="id2label has 2 labels, the sequence_classifier 3"):
+        read_model(folder, heads=("sequence_classifier",))
+
+
+def test_two_heads_fit_no_class(good, tmp_path):
+    dense = {"kernel": np.ones((16, 3), np.float32), "bias": np.ones(3, np.float32)}
+    span = {"kernel": np.ones((16, 2), np.float32), "bias": np.ones(2, np.float32)}
+    params = good.params | {"token_classifier": {"output": dense}, "span": {"output": span}}
+    two = Model(config=good.config, params=params)
+    with pytest.raises(CheckpointError, match="at once: write one of them"):
+        write_model(two, tmp_path / "out")
+    lost = Model(config=good.config, params={"encoder": {}})
+    with pytest.raises(CheckpointError, match="missing encoder/embeddings/word/embedding"):
+        write_model(lost, tmp_path / "out")
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, "mixed"])
+def test_40_stored_dtypes(dtype, tmp_path):
+    def store(index: int, tensor: np.ndarray) -> np.ndarray:
+        mixed = (np.float32, np.float16, ml_dtypes.bfloat16)
+        return tensor.astype(mixed[index % 3] if dtype == "mixed" else dtype)
+
+    weights = {n: store(i, t) for i, (n, t) in enumerate(bert_weights().items())}
+    model = read_model(_folder(tmp_path, weights))
+    assert all(leaf.dtype == np.float32 for _, leaf in flatten(model.params))
+    write_model(model, tmp_path / "out", dtype="source")
+    after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in weights.items():
+        expected = tensor.astype(np.float32) if tensor.dtype == np.float64 else tensor
+        assert after[name].dtype == expected.dtype and after[name].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_written_dtypes(dtype, good, tmp_path):
+    write_model(good, tmp_path / "out", dtype=dtype)
+    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(t.dtype) for t in found.values()} == {dtype}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    again = read_model(tmp_path / "out")
+    assert check_round_trip(good, again) == 39
+    again.params["encoder"]["layer_0"]["ffn"]["up"]["bias"][0] += 1
+    with pytest.raises(CheckpointError, match="layer_0/ffn/up/bias reads back differently"):
+        check_round_trip(good, again)
+
+
+def test_39_nonfinite_weights_by_request(tmp_path):
+    weights = bert_weights()
+    weights["pooler.dense.bias"][3] = np.nan
+    folder = _folder(tmp_path, weights)
+    run(
+        ConvertConfig(
+            source=str(folder), target=tmp_path / "out", tokenizer="none", allow_nonfinite=True
+        ),
+        report=lambda line: None,
+    )
+    after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert after["pooler.dense.bias"].tobytes() == weights["pooler.dense.bias"].tobytes()
+
+
+# Containers
+
+
+def test_torch_archive_without_torch(good, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    folder = _folder(tmp_path)
+    ta.save(folder / "pytorch_model.bin", bert_weights())
+    _same(good, read_model(folder))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("form", ["zip", "protocol 4", "legacy", "transposed", "parameters"])
+def test_torch_wrote_it(form, good, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {n: torch.tensor(t) for n, t in bert_weights().items()}
+    if form == "transposed":
+        state = {n: t.T.contiguous().T if t.ndim == 2 else t for n, t in state.items()}
+    if form == "parameters":
+        state = {n: torch.nn.Parameter(t) for n, t in state.items()}
+    options = {"protocol 4": {"pickle_protocol": 4}}.get(form, {})
+    folder = _folder(tmp_path)
+    zipped = form != "legacy"
+    torch.save(
+        state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped, **options
+    )
+    _same(good, read_model(folder))
+
+
+def test_bare_bin_with_its_config_and_vocabulary(good, tmp_path):
+    """As Microsoft released MiniLM: three files with one stem, and a config without model_type."""
+    folder = tmp_path / "release"
+    folder.mkdir()
+    config = {k: v for k, v in CONFIG.items() if k not in ("model_type", "architectures")}
+    (folder / "minilm-config.json").write_text(json.dumps(config))
+    ta.save(folder / "minilm.bin", {f"bert.{n}": t for n, t in bert_weights().items()})
+    _vocabulary(folder / "minilm-vocab.txt")
+    _same(good, read_model(folder / "minilm.bin"))
+    out = run(
+        ConvertConfig(source=str(folder / "minilm.bin"), target=tmp_path / "out"),
+        report=lambda line: None,
+    )
+    assert (out / "vocab.txt").read_text() == (folder / "minilm-vocab.txt").read_text()
+    assert json.loads((out / "config.json").read_text())["model_type"] == "bert"
+
+
+def _vocabulary(file: Path) -> None:
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghi")]
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]) + "\n")
+
+
+@pytest.mark.parametrize("wrapped", ["bare", "params"])
+def test_old_flax_model(wrapped, good, tmp_path):
+    from flax.serialization import msgpack_serialize
+
+    tree: dict = {}
+    for name, tensor in bert_weights().items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if "embeddings" in parents[-1]:
+            node["embedding"] = tensor
+        elif last == "weight" and tensor.ndim == 2:
+            node["kernel"] = np.ascontiguousarray(tensor.T)
+        else:
+            node["scale" if last == "weight" else last] = tensor
+    folder = _folder(tmp_path)
+    raw = msgpack_serialize({"params": tree} if wrapped == "params" else tree)
+    (folder / "flax_model.msgpack").write_bytes(raw)
+    _same(good, read_model(folder))
+    (folder / "flax_model.msgpack").write_bytes(raw[:-1])
+    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack"):
+        read_model(folder)
+
+
+def test_shards_out_and_in(good, tmp_path):
+    write_model(good, tmp_path / "out", max_shard_bytes=4000)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 3 and not (tmp_path / "out" / "model.safetensors").exists()
+    assert all(f"-of-{len(shards):05}." in shard.name for shard in shards)
+    again = read_model(tmp_path / "out")
+    _same(good, again)
+    assert again.fingerprint == read_model(tmp_path / "out", sha256=again.fingerprint).fingerprint
+    shards[0].write_bytes(shards[0].read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(CheckpointError, match="it is not the file you meant"):
+        read_model(tmp_path / "out", sha256=again.fingerprint)
+
+
+@pytest.mark.torch
+def test_pytorch_loads_shards(good, tmp_path):
+    pytest.importorskip("torch")
+    from minilm_jax.convert.verify import compare_with_torch
+
+    write_model(good, tmp_path / "out", max_shard_bytes=4000)
+    found = compare_with_torch(good, tmp_path / "out", architecture="BertModel")
+    assert len(found) == 4 and all(row.agrees for row in found)
+
+
+def test_orbax_both_ways(good, tmp_path):
+    write_orbax(good, tmp_path / "orbax")
+    again = read_model(tmp_path / "orbax")
+    _same(good, again)
+    assert again.config == good.config
+    with pytest.raises(CheckpointError, match="expected 00"):
+        read_model(tmp_path / "orbax", sha256="00")
+    assert set(read_model(tmp_path / "orbax", heads=()).params) == {"encoder"}
+    # One break that is met before anything is read: reads that fail at once in many threads leave
+    # exceptions behind in orbax's event loop.
+    (tmp_path / "orbax" / "params" / "_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match="params cannot be read"):
+        read_model(tmp_path / "orbax")
+
+
+def test_export_is_free_in_batch_and_length(good, tmp_path):
+    write_export(good, tmp_path / "export")
+    function = load_export(tmp_path / "export")
+    for rows, length in ((1, 1), (3, 20)):
+        batch = random_batch(good, rows=rows, length=length)
+        found = function(batch)
+        for name, expected in outputs(good.config, good.params, **batch).items():
+            np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    (tmp_path / "export" / "model.jaxexport").write_bytes(b"not a function")
+    with pytest.raises(CheckpointError, match="is no exported function"):
+        load_export(tmp_path / "export")
+
+
+# Configurations
+
+
+def test_46_roberta_numbers_positions_from_pad_plus_one(tmp_path):
+    roberta = _folder(
+        tmp_path, bert_weights(), model_type="roberta", architectures=["RobertaModel"]
+    )
+    config = read_model(roberta).config
+    assert (config.position_offset, config.max_length, config.pad_token_id) == (1, 19, 0)
+
+
+def test_47_one_token_type(tmp_path):
+    weights = bert_weights()
+    weights["embeddings.token_type_embeddings.weight"] = np.ones((1, 16), np.float32)
+    assert read_model(_folder(tmp_path, weights, type_vocab_size=1)).config.type_vocab_size == 1
+
+
+def test_48_padded_vocabulary_that_config_knows(tmp_path):
+    weights = bert_weights()
+    weights["embeddings.word_embeddings.weight"] = np.ones((48, 16), np.float32)
+    folder = _folder(tmp_path, weights, vocab_size=48)
+    _vocabulary(folder / "vocab.txt")
+    out = run(ConvertConfig(source=str(folder), target=tmp_path / "out"), report=lambda line: None)
+    assert read_model(out).config.vocab_size == 48
+
+
+def test_settings_that_say_no_shape_travel_along(good, tmp_path):
+    folder = _folder(tmp_path, bert_weights(), task_specific_params={"a": 1}, _name_or_path="x/y")
+    write_model(read_model(folder), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["task_specific_params"] == {"a": 1} and "_name_or_path" not in config
+
+
+# Tokenizers
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory) -> Path:
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    words = ["the", "small", "student", "learns", "from", "a", "large", "teacher", "attention"]
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(words, 9)) for _ in range(400)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "sentencepiece.bpe"),
+        vocab_size=120,
+        model_type="unigram",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder / "sentencepiece.bpe.model"
+
+
+def test_multilingual_minilm_layout(sentencepiece_model, tmp_path):
+    """A BERT with XLM-R's tokenizer: AutoTokenizer alone gives a vocabulary of five entries."""
+    from transformers import AutoTokenizer
+
+    weights = bert_weights()
+    table = np.random.default_rng(1).normal(size=(60, 16)).astype(np.float32)
+    weights["embeddings.word_embeddings.weight"] = table
+    folder = _folder(tmp_path, weights, vocab_size=60)
+    (folder / "sentencepiece.bpe.model").write_bytes(sentencepiece_model.read_bytes())
+    out = run(ConvertConfig(source=str(folder), target=tmp_path / "out"), report=lambda line: None)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    text = "the small student learns from a large teacher"
+    ids = tokenizer(text)["input_ids"]
+    assert len(tokenizer) > 25 and tokenizer.unk_token_id not in ids[1:-1]
+    assert tokenizer.model_max_length == 20
+
+    from minilm_jax.data.tokenizers import load_tokenizer
+
+    ours = load_tokenizer(out, vocab_size=60)
+    assert ours.build(ours.encode([text])[0]).ids == ids
+    assert (tokenizer.pad_token_id, read_model(out).config.pad_token_id) == (1, 0)
+
+
+def test_written_tokenizer_is_the_source(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = _folder(tmp_path, bert_weights())
+    _vocabulary(folder / "vocab.txt")
+    out = run(ConvertConfig(source=str(folder), target=tmp_path / "out"), report=lambda line: None)
+    assert AutoTokenizer.from_pretrained(out).tokenize("Abc") == ["a", "##b", "##c"]
+
+
+# Sentence embeddings
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sentence_transformers_settings_travel_along(pooling, normalize, good, tmp_path):
+    sentence = Sentence(pooling=pooling, normalize=normalize, max_length=12)
+    write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "out")
+    again = read_model(tmp_path / "out")
+    assert again.sentence == sentence
+    write_model(again, tmp_path / "again")
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "out" / name).read_text()
+
+
+def test_unknown_pooling_is_refused(good, tmp_path):
+    sentence = Sentence(pooling="mean", normalize=False, max_length=12)
+    out = write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "out")
+    file = out / "1_Pooling" / "config.json"
+    file.write_text(
+        file.read_text().replace(
+            '"pooling_mode_max_tokens": false', '"pooling_mode_max_tokens": true'
+        )
+    )
+    with pytest.raises(CheckpointError, match="is neither mean nor cls alone"):
+        read_model(out)
+    (out / "modules.json").write_text('[{"type": "evil.Module", "path": ""}]')
+    with pytest.raises(CheckpointError, match="delete the file to convert the encoder alone"):
+        read_model(out)
+
+
+# The Hub
+
+
+def test_partial_snapshot_is_refused(tmp_path, monkeypatch):
+    """Without a network the library hands out what an interrupted download left."""
+    import huggingface_hub
+
+    folder = _folder(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    with pytest.raises(CheckpointError, match=r"holds none of model\.safetensors"):
+        read_model("org/name")
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks model-1.safetensors: an earlier download"):
+        read_model("org/name")
+
+
+def test_hub_cache_links_to_its_blobs(good, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    cache = tmp_path / "models--org--name"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    write_model(good, snapshot, max_shard_bytes=4000)
+    (cache / "blobs").mkdir()
+    for index, file in enumerate(sorted(snapshot.iterdir())):
+        blob = cache / "blobs" / str(index)
+        file.rename(blob)
+        file.symlink_to(Path("../../blobs") / blob.name)
+    calls = []
+
+    def download(name, *, revision, allow_patterns):
+        calls.append((name, revision, allow_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    _same(good, read_model("org/name@main"))
+    ((name, revision, patterns),) = calls
+    assert (name, revision) == ("org/name", "main")
+    assert not any(pattern.endswith(".py") or pattern == "*" for pattern in patterns)
+
+
+def test_offline_hub_is_one_sentence(monkeypatch):
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"cannot be fetched from the Hub: no connection$"):
+        hub.resolve("org/name")
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/here", "./nothing", "/nothing", "~nobody/x"])
+def test_what_is_no_hub_id_is_not_looked_up(source):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        hub.resolve(source)

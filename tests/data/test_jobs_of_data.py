@@ -1,0 +1,65 @@
+"""The three thin jobs over this room: prepare, inspect, tokenizer."""
+
+import subprocess
+import sys
+
+import pytest
+
+from minilm_jax.data.sources import TextSource
+from minilm_jax.jobs import inspect, prepare, tokenizer
+
+
+def test_a_vocabulary_a_corpus_and_a_look_into_it(tmp_path, english):
+    (tmp_path / "en.txt").write_text("\n".join(t.replace("\n", " ") for t in english[:100]))
+    source = TextSource(paths=(str(tmp_path / "en.txt"),), documents="line", language_from="file")
+    lines = []
+    made = tokenizer.run(
+        tokenizer.TokenizerConfig(source=source, output=tmp_path / "vocab", vocab_size=900),
+        say=lines.append,
+    )
+    manifest = prepare.run(
+        prepare.PrepareConfig(
+            source=source,
+            tokenizer=tmp_path / "vocab",
+            output=tmp_path / "corpus",
+            workers=0,
+            heldout=0.1,
+        ),
+        say=lines.append,
+    )
+    found = inspect.run(
+        inspect.InspectConfig(corpus=tmp_path / "corpus", sequence_length=64, rows=2),
+        say=lines.append,
+    )
+    text = "\n".join(lines)
+    assert manifest.documents == 100 and found.documents < 100
+    assert made.fingerprint == manifest.tokenizer_fingerprint
+    assert list(found.languages) == ["en"] and found.languages["en"].tokens == found.tokens
+    assert found.efficiency > 0.9
+    assert len(found.rows) == 2 and all(row.startswith("[CLS]") for row in found.rows)
+    assert f"train    {found.documents:>14,} documents" in text
+    assert "heldout" in text and "row 1" in text and "en: " in text
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["batches", "corpus", "inspection", "masking", "prefetch", "prepare", "tokenizer_training"],
+)
+def test_the_room_loads_neither_jax_nor_transformers(module):
+    """Worker processes start in a fraction of a second because of it."""
+    code = (
+        f"import sys, minilm_jax.data.{module};"
+        "bad = {'jax', 'flax', 'transformers', 'tensorflow', 'pyarrow'} & set(sys.modules);"
+        "sys.exit(f'loaded {bad}' if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_options_are_parsed_into_configs(tmp_path):
+    tyro = pytest.importorskip("tyro")
+    command = ["--source.paths", "a", "b", "--tokenizer", "t", "--output", "o", "--workers", "3"]
+    config = tyro.cli(prepare.PrepareConfig, args=command, config=(tyro.conf.AvoidSubcommands,))
+    assert config.source == TextSource(paths=("a", "b")) and config.workers == 3
+    command = ["--source.format", "machine-docs", "--output", "o", "--kind", "sentencepiece"]
+    assert tyro.cli(tokenizer.TokenizerConfig, args=command).source.paths == ()
+    assert tyro.cli(inspect.InspectConfig, args=["--corpus", "c"]).split == "train"

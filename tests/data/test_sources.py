@@ -1,0 +1,143 @@
+import gzip
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilm_jax.data import sources
+from minilm_jax.data.sources import Part, Stretch, TextSource, read_documents, read_part
+from minilm_jax.errors import DataError
+
+
+def texts(*paths, skipped=None, **settings):
+    source = TextSource(paths=tuple(map(str, paths)), **settings)
+    return [document.text for document in read_documents(source, skipped=skipped)]
+
+
+def test_blank_lines_separate_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffone\ntwo\n\n \n\nthree\n")
+    assert texts(tmp_path / "a.txt") == ["one\ntwo", "three"]
+
+
+def test_lines_and_whole_files_can_be_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert texts(tmp_path / "a.txt", documents="line") == ["one", "two"]
+    assert texts(tmp_path / "a.txt", documents="file") == ["one\n\ntwo"]
+
+
+def test_a_folder_is_read_in_the_order_of_names_with_all_known_formats(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}\n')
+    (tmp_path / "a.txt").write_text("one")
+    with gzip.open(tmp_path / "a2.txt.gz", "wt") as file:
+        file.write("two")
+    (tmp_path / "notes.pdf").write_text("not text")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    assert texts(tmp_path) == ["one", "two", "three", "four"]
+
+
+def test_machine_docs_need_no_path():
+    first = next(read_documents(TextSource(format="machine-docs", language="xx")))
+    assert first.language == "en" and len(first.text) > 100
+
+
+def test_the_language_comes_from_the_setting_the_column_the_file_or_the_folder(tmp_path):
+    (tmp_path / "sw").mkdir()
+    path = tmp_path / "sw" / "ur.news.jsonl"
+    path.write_text('{"text": "a", "lang": "hi"}\n')
+    for how, expected in (("setting", "de"), ("column", "hi"), ("file", "ur"), ("folder", "sw")):
+        source = TextSource(
+            paths=(str(path),), language="de", language_from=how, language_column="lang"
+        )
+        assert [d.language for d in read_documents(source)] == [expected]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(st.sampled_from(["", " ", "a", "bb", "ccc ccc", "é"]), max_size=30),
+    size=st.integers(1, 40),
+    documents=st.sampled_from(["blank-line", "line"]),
+)
+def test_any_cutting_of_a_file_gives_its_documents_once(tmp_path_factory, lines, size, documents):
+    path = tmp_path_factory.mktemp("cut") / "a.txt"
+    path.write_text(
+        "\n".join(f"{line}{i}" if line.strip() else line for i, line in enumerate(lines))
+    )
+    source = TextSource(paths=(str(path),), documents=documents)
+    length = path.stat().st_size
+    whole = Part(source, (Stretch(str(path), "text"),))
+    expected = list(read_part(whole, skipped=Counter()))
+    found = []
+    for start in range(0, length, size):
+        stretch = Stretch(str(path), "text", start, min(start + size, length))
+        found += read_part(Part(source, (stretch,)), skipped=Counter())
+    assert found == expected
+
+
+def test_a_large_file_is_cut_into_parts_that_share_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALLEST_PART", 1000)
+    lines = [f"document {i}" for i in range(2000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    source = TextSource(paths=(str(tmp_path),), documents="line")
+    parts = sources.split_source(source)
+    assert len(parts) > 20
+    assert len({part.key for part in parts}) == len(parts)
+    assert [d.text for d in read_documents(source)] == lines
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n\nbr\xffken\n\n" + b"x" * 500 + b"\n\nend\n")
+    skipped = Counter()
+    assert texts(tmp_path / "a.txt", skipped=skipped, longest_document=100) == ["good", "end"]
+    assert skipped == {"broken utf-8": 1, "too long": 1}
+    assert (
+        texts(tmp_path / "a.txt", broken_text="replace", longest_document=100)[1] == "br\ufffdken"
+    )
+
+
+def test_json_lines_that_are_no_records_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "good"}\n{"text": \n[1]\n{"text": null}\n{"other": 1}\n{"text": "  "}\n'
+        '{"text": "half \\ud800 pair"}\n'
+    )
+    skipped = Counter()
+    assert texts(tmp_path / "a.jsonl", skipped=skipped) == ["good", "half \ufffd pair"]
+    assert skipped == {"broken json": 2, "no text": 2, "empty": 1}
+
+
+def test_a_missing_column_names_those_that_are_there(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "x", "id": 3}\n')
+    with pytest.raises(DataError, match="no column 'text'; it has content, id"):
+        texts(tmp_path / "a.jsonl")
+
+
+def test_a_json_array_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "x"}]')
+    with pytest.raises(DataError, match="one JSON array"):
+        texts(tmp_path / "a.json")
+
+
+def test_a_truncated_gzip_is_an_error_or_a_counted_break(tmp_path):
+    whole = gzip.compress("\n\n".join(f"document number {i}" for i in range(5000)).encode())
+    (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.txt\.gz.*broken"):
+        texts(tmp_path / "a.txt.gz")
+    skipped = Counter()
+    found = texts(tmp_path / "a.txt.gz", skipped=skipped, broken_files="keep")
+    assert len(found) > 100 and skipped == {"broken file": 1}
+
+
+def test_paths_that_lead_nowhere_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        texts(tmp_path / "absent.txt")
+    with pytest.raises(DataError, match="known ending"):
+        texts(tmp_path)
+    with pytest.raises(DataError, match="needs paths"):
+        TextSource()
+
+
+def test_empty_files_have_no_documents(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    assert texts(tmp_path) == []

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from minilm_jax.data.documents import Document
+from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
+from minilm_jax.errors import DataError
+
+SAMPLES = ["The return value is a string.", "Ünïcödé 12,345", "x = [1, 2]", "a <mask> [MASK] b"]
+
+
+@pytest.fixture(scope="module")
+def documents(english):
+    return [Document(text) for text in english[:150]]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_wordpiece_is_read_alike_by_us_and_by_transformers(documents, tmp_path, lowercase):
+    from transformers import AutoTokenizer
+
+    ours = train_wordpiece(documents, output=tmp_path / "new", vocab_size=700, lowercase=lowercase)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert ours.kind == "wordpiece" and ours.vocab_size == len(theirs) == 700
+    for text in SAMPLES[:3]:
+        (ids,) = ours.encode([text])
+        assert ours.build(ids).ids == theirs(text)["input_ids"]
+    assert ours.encode(["THE"])[0].tolist() == ours.encode(["the"])[0].tolist() or not lowercase
+    assert ours.mask_id == theirs.mask_token_id
+
+
+def test_sentencepiece_is_read_alike_by_us_and_by_transformers(documents, tmp_path):
+    from transformers import AutoTokenizer
+
+    ours = train_sentencepiece(documents, output=tmp_path / "new", vocab_size=600, threads=1)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert ours.kind == "sentencepiece" and ours.vocab_size == len(theirs) == 600
+    for text in SAMPLES[:3]:
+        (ids,) = ours.encode([text])
+        assert ours.build(ids).ids == theirs(text)["input_ids"]
+    assert ours.mask_id == theirs.mask_token_id
+
+
+def test_the_same_text_gives_the_same_sentencepiece(documents, tmp_path):
+    a, b = (train_sentencepiece(documents, output=tmp_path / i, vocab_size=500) for i in "ab")
+    assert a.fingerprint == b.fingerprint
+
+
+def test_nothing_is_left_where_it_cannot_be(documents, tmp_path):
+    with pytest.raises(DataError, match=r"vocab_size is 100000: SentencePiece refuses"):
+        train_sentencepiece(documents[:5], output=tmp_path / "new", vocab_size=100_000)
+    with pytest.raises(DataError, match="more than the 5 specials"):
+        train_wordpiece(documents, output=tmp_path / "new", vocab_size=5)
+    with pytest.raises(DataError, match="no text"):
+        train_wordpiece([], output=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()
+    with pytest.raises(DataError, match="exists already"):
+        train_wordpiece(documents, output=tmp_path / "new")
+
+
+def test_transformers_is_told_the_class_and_the_length(documents, tmp_path):
+    train_sentencepiece(documents, output=tmp_path / "a", vocab_size=500, longest_input=128)
+    settings = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "XLMRobertaTokenizer"
+    assert settings["model_max_length"] == 128

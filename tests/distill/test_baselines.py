@@ -1,0 +1,229 @@
+"""The objectives MiniLM is compared with, against plain numpy, and what they must not depend on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minilm_jax.distill import baselines
+from minilm_jax.distill.baselines import TinyBertObjective, distilbert, mlm, soft_labels
+from minilm_jax.distill.objectives import RelationObjective, uniform_layers
+from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.encoder import encode, init_params
+from minilm_jax.errors import ConfigError
+
+TEACHER = EncoderConfig(
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=32,
+    max_position_embeddings=32,
+)
+STUDENT = dataclasses.replace(TEACHER, num_hidden_layers=2)
+NARROW = dataclasses.replace(STUDENT, hidden_size=8, intermediate_size=16)
+
+
+def batch_of(rows=4, length=12, *, seed=0):
+    """Ragged rows, every third token to be predicted."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, length + 1, rows)
+    segments = (np.arange(length) < lengths[:, None]).astype(np.int32)
+    ids = rng.integers(5, 40, (rows, length)) * segments
+    chosen = (np.arange(length) % 3 == 1) & (segments > 0)
+    labels = np.where(chosen, rng.integers(5, 40, ids.shape), -1)
+    batch = {"input_ids": ids, "segments": segments, "labels": labels, "rows": np.arange(rows)}
+    return {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()}
+
+
+def params_of(config, seed, extra=None):
+    params = {"encoder": init_params(jax.random.key(seed), config), **(extra or {})}
+    return jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params)
+
+
+def models(objective, student=STUDENT):
+    key = jax.random.key(5)
+    head = {"mlm": baselines.init_mlm(jax.random.key(9), TEACHER)}
+    teacher = params_of(TEACHER, 0, head)
+    return teacher, params_of(student, 1, dict(objective.new_params(key, TEACHER, student)))
+
+
+def value(objective, student_params, teacher_params, batch, student=STUDENT):
+    loss = objective.make_loss(TEACHER, student, Compute())
+    return jax.jit(lambda s, t, b: loss(s, t, b, None))(student_params, teacher_params, batch)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def scores(config, params, batch):
+    hidden = encode(config, params["encoder"], batch).last_hidden_state
+    flat = hidden.reshape(-1, config.hidden_size)
+    return log_softmax(baselines.mlm_logits(config, params, flat, Compute()))
+
+
+def test_mlm_is_the_cross_entropy_of_the_labels():
+    objective, batch = mlm(), batch_of()
+    teacher, student = models(objective)
+    labels = np.asarray(batch["labels"]).reshape(-1)
+    chosen = labels >= 0
+    expected = -scores(STUDENT, student, batch)[chosen, labels[chosen]].mean()
+    found = value(objective, student, teacher, batch)
+    np.testing.assert_allclose(found.value(), expected, rtol=1e-5)
+    assert found.terms["mlm"].count == chosen.sum()
+    assert objective.teacher_layers(TEACHER) == 0
+
+
+def test_soft_labels_are_teacher_to_student_at_the_masked_tokens():
+    objective, batch = soft_labels(temperature=1.0), batch_of()
+    teacher, student = models(objective)
+    chosen = np.asarray(batch["labels"]).reshape(-1) >= 0
+    wanted, found = scores(TEACHER, teacher, batch), scores(STUDENT, student, batch)
+    expected = (np.exp(wanted) * (wanted - found)).sum(-1)[chosen].mean()
+    result = value(objective, student, teacher, batch).value()
+    np.testing.assert_allclose(result, expected, rtol=1e-4)
+
+
+def test_distilbert_sums_its_three_losses():
+    objective, batch = distilbert(), batch_of()
+    teacher, student = models(objective)
+    found = value(objective, student, teacher, batch)
+    assert set(found.terms) == {"soft_labels", "mlm", "cosine"}
+    valid = np.asarray(batch["segments"]) > 0
+    t, s = (
+        np.asarray(encode(c, p["encoder"], batch).last_hidden_state)[valid]
+        for c, p in ((TEACHER, teacher), (STUDENT, student))
+    )
+    norms = np.linalg.norm(t, axis=-1) * np.linalg.norm(s, axis=-1)
+    expected = (1 - (t * s).sum(-1) / norms).mean()
+    np.testing.assert_allclose(found.terms["cosine"].value(), expected, rtol=1e-4)
+    plain = value(mlm(), student, teacher, batch).value()
+    np.testing.assert_allclose(found.terms["mlm"].value(), 2 * plain, rtol=1e-5)
+    assert found.terms["soft_labels"].count == valid.sum()
+
+
+def test_a_perfect_student_has_no_soft_label_or_tinybert_loss():
+    batch = batch_of()
+    teacher, _ = models(soft_labels())
+    same = soft_labels().make_loss(TEACHER, TEACHER, Compute())(teacher, teacher, batch, None)
+    assert abs(float(same.value())) < 1e-5
+    objective = TinyBertObjective()
+    identity = {**teacher, "width_projection": jnp.eye(TEACHER.hidden_size)}
+    same = objective.make_loss(TEACHER, TEACHER, Compute())(identity, teacher, batch, None)
+    assert abs(float(same.value())) < 1e-5
+
+
+def test_tinybert_compares_mapped_layers_through_one_projection():
+    objective, batch = TinyBertObjective(), batch_of()
+    teacher, student = models(objective, NARROW)
+    found = value(objective, student, teacher, batch, NARROW)
+    names = {"embeddings", "hidden_1", "hidden_2", "attention_1", "attention_2"}
+    assert set(found.terms) == names
+    t, s = (encode(c, p["encoder"], batch) for c, p in ((TEACHER, teacher), (NARROW, student)))
+    valid = np.asarray(batch["segments"]) > 0
+    projected = np.asarray(s.hidden_states[1]) @ np.asarray(student["width_projection"])
+    expected = ((projected - np.asarray(t.hidden_states[2])) ** 2).mean(-1)[valid].mean()
+    np.testing.assert_allclose(found.terms["hidden_1"].value(), expected, rtol=1e-4)
+    q, k = (np.asarray(x) for x in (t.projections[3].query, t.projections[3].key))
+    a, b = (np.asarray(x) for x in (s.projections[1].query, s.projections[1].key))
+    errors = []
+    for row, length in enumerate(valid.sum(1)):
+        for head in range(4):
+            wide, thin = slice(head * 4, head * 4 + 4), slice(head * 2, head * 2 + 2)
+            wanted = q[row, :length, wide] @ k[row, :length, wide].T / 2
+            ours = a[row, :length, thin] @ b[row, :length, thin].T / np.sqrt(2)
+            errors.append(((wanted - ours) ** 2).ravel() / 4)
+    expected = np.concatenate(errors).sum() / (valid.sum(1) ** 2).sum()
+    np.testing.assert_allclose(found.terms["attention_2"].value(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [mlm(), soft_labels(), distilbert(), TinyBertObjective()],
+    ids=["mlm", "soft labels", "distilbert", "tinybert"],
+)
+def test_padding_changes_nothing_and_every_parameter_learns(objective):
+    batch = batch_of()
+    teacher, student = models(objective)
+    plain = value(objective, student, teacher, batch).value()
+    longer = {
+        name: x if x.ndim == 1 else jnp.pad(x, ((0, 0), (0, 7)), constant_values=fill)
+        for name, x, fill in ((n, x, -1 if n == "labels" else 0) for n, x in batch.items())
+    }
+    longer["input_ids"] = jnp.where(longer["segments"] > 0, longer["input_ids"], 3)
+    np.testing.assert_allclose(value(objective, student, teacher, longer).value(), plain, rtol=1e-5)
+    loss = objective.make_loss(TEACHER, STUDENT, Compute())
+    grads = jax.jit(jax.grad(lambda p: loss(p, teacher, batch, None).value()))(student)
+    unused = {
+        tuple(entry.key for entry in path)
+        for path, leaf in jax.tree.leaves_with_path(grads)
+        if not np.any(np.asarray(leaf))
+    }
+    if isinstance(objective, TinyBertObjective):
+        # Values reach the loss through the hidden states; nothing is out of reach.
+        assert not unused
+    else:
+        assert unused == set(objective.unreached(STUDENT)) == set()
+
+
+def test_the_blocks_of_tokens_do_not_show(monkeypatch):
+    """Selected tokens may fill no block, one, or all of them."""
+    batch = batch_of(rows=5)
+    teacher, student = models(distilbert())
+    expected = value(distilbert(), student, teacher, batch)
+    for size in (1, 7, 64):
+        monkeypatch.setattr(baselines, "TOKENS_A_BLOCK", size)
+        found = value(distilbert(), student, teacher, batch)
+        for name, mean in expected.terms.items():
+            np.testing.assert_allclose(found.terms[name].total, mean.total, rtol=1e-5)
+            assert found.terms[name].count == mean.count
+    nothing = {**batch, "labels": jnp.full_like(batch["labels"], -1)}
+    assert float(value(mlm(), student, teacher, nothing).value()) == 0.0
+
+
+def test_the_value_mse_ablation_learns_a_projection():
+    objective = RelationObjective(relations=(("qk", 1.0),), value_mse=0.5)
+    batch = batch_of()
+    teacher, student = models(objective, NARROW)
+    found = value(objective, student, teacher, batch, NARROW)
+    assert set(found.terms) == {"qk", "value_mse"}
+    t, s = (
+        np.asarray(encode(c, p["encoder"], batch).projections[-1].value)
+        for c, p in ((TEACHER, teacher), (NARROW, student))
+    )
+    projected = s @ np.asarray(student["value_projection"]["layer_2"])
+    valid = np.asarray(batch["segments"]) > 0
+    expected = 0.5 * ((projected - t) ** 2).mean(-1)[valid].mean()
+    np.testing.assert_allclose(found.terms["value_mse"].value(), expected, rtol=1e-4)
+
+
+def test_layers_are_mapped_evenly():
+    assert uniform_layers(teacher=12, student=6) == (
+        (2, 1),
+        (4, 2),
+        (6, 3),
+        (8, 4),
+        (10, 5),
+        (12, 6),
+    )
+    assert uniform_layers(teacher=12, student=4)[-1] == (12, 4)
+
+
+@pytest.mark.parametrize(
+    "objective,student,message",
+    [
+        (distilbert(), NARROW, r"hidden_size=8 must be the teacher's 16"),
+        (soft_labels(temperature=0.0), STUDENT, r"temperature must be above 0"),
+        (soft_labels(), dataclasses.replace(STUDENT, vocab_size=41), r"one vocabulary"),
+        (TinyBertObjective(), dataclasses.replace(STUDENT, num_attention_heads=2), r"heads=2"),
+        (TinyBertObjective(layers=((5, 1),)), STUDENT, r"\(5, 1\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(objective, student, message):
+    with pytest.raises(ConfigError, match=message):
+        objective.check(TEACHER, student)

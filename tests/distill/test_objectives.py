@@ -1,0 +1,297 @@
+"""The MiniLM objectives on small encoders: what they reach, and what they must not depend on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from minilm_jax.distill.objectives import RelationObjective, minilm, minilmv2
+from minilm_jax.distill.student import StudentConfig, init_student, student_encoder_config
+from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.encoder import init_params
+from minilm_jax.errors import ConfigError
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from minilm_jax.train.state import create_state
+from minilm_jax.train.step import make_step
+
+TEACHER = EncoderConfig(
+    vocab_size=50,
+    hidden_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=32,
+)
+STUDENT = dataclasses.replace(
+    TEACHER, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
+)
+V2 = minilmv2(heads=8, teacher_layer=3, student_layer=2)
+
+
+def documents(count, *, seed=0, longest=10):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(5, 50, size=rng.integers(2, longest + 1)) for _ in range(count)]
+
+
+def rows_of(groups, *, length, pad=0):
+    """Packs each group of documents into one row."""
+    ids = np.full((len(groups), length), pad, np.int32)
+    segments = np.zeros((len(groups), length), np.int32)
+    for row, group in enumerate(groups):
+        at = 0
+        for number, document in enumerate(group, start=1):
+            ids[row, at : at + len(document)] = document
+            segments[row, at : at + len(document)] = number
+            at += len(document)
+    rows = np.arange(len(groups), dtype=np.int32)
+    batch = {"input_ids": ids, "segments": segments, "rows": rows}
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random weights, larger than initialisation makes them so that the relations are not flat."""
+    teacher = {"encoder": init_params(jax.random.key(0), TEACHER)}
+    student = {"encoder": init_params(jax.random.key(1), STUDENT)}
+    return jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, (teacher, student))
+
+
+def value(objective, params, batch, *, key=None, compute=None):
+    loss = objective.make_loss(TEACHER, STUDENT, compute or Compute())
+    teacher, student = params
+    return jax.jit(loss)(student, teacher, batch, key)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        minilm(),
+        V2,
+        RelationObjective(relations=(("qk", 1.0),)),
+        RelationObjective(heads=2, relations=(("qv", 0.5),), layers=((2, 1),)),
+        RelationObjective(layers=((2, 1), (4, 2))),
+    ],
+    ids=["v1", "v2", "attention only", "qv of layer 1", "layer to layer"],
+)
+def test_exactly_the_declared_parameters_get_no_gradient(objective, params):
+    teacher, student = params
+    batch = rows_of([[d] for d in documents(4)], length=12)
+    loss = objective.make_loss(TEACHER, STUDENT, Compute())
+    grads = jax.jit(jax.grad(lambda p: loss(p, teacher, batch, None).value()))(student)
+    untouched = set()
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        if not np.any(np.asarray(leaf)):
+            untouched.add(tuple(entry.key for entry in path))
+    declared = objective.unreached(STUDENT)
+    assert untouched == {
+        path
+        for path in (tuple(e.key for e in p) for p, _ in jax.tree.leaves_with_path(student))
+        if any(path[: len(prefix)] == prefix for prefix in declared)
+    }
+    assert untouched
+
+
+def test_the_unreached_set_of_minilm_written_out():
+    assert set(minilm().unreached(STUDENT)) == {
+        ("encoder", "layer_1", "attention", "output"),
+        ("encoder", "layer_1", "attention_norm"),
+        ("encoder", "layer_1", "ffn"),
+        ("encoder", "layer_1", "ffn_norm"),
+    }
+
+
+def test_what_the_loss_does_not_reach_is_left_where_it_was(params):
+    """400,000 steps of decoupled decay would shrink it to a third."""
+    teacher, student = params
+    config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.5)
+    optimizer = make_optimizer(config, steps=10, undecayed=V2.unreached(STUDENT))
+    devices = Devices("pmap", devices=jax.devices()[:1])
+    step = devices.lift_step(
+        make_step(V2.make_loss(TEACHER, STUDENT, Compute()), optimizer, seed=0)
+    )
+    state = devices.place(create_state(student, optimizer))
+    batch = devices.place_batch(rows_of([[d] for d in documents(4)], length=12))
+    for _ in range(3):
+        state, _ = step(state, devices.place(teacher), batch)
+    last, before = state.params["encoder"]["layer_1"], student["encoder"]["layer_1"]
+    jax.tree.map(np.testing.assert_array_equal, last["ffn"], before["ffn"])
+    moved = np.abs(last["attention"]["query"]["kernel"] - before["attention"]["query"]["kernel"])
+    assert moved.max() > 1e-3
+
+
+@pytest.mark.parametrize("objective", [minilm(), V2], ids=["v1", "v2"])
+def test_packing_and_padding_do_not_change_the_loss(objective, params):
+    texts = documents(6)
+    padded = value(objective, params, rows_of([[d] for d in texts], length=10))
+    longer = value(objective, params, rows_of([[d] for d in texts], length=25, pad=7))
+    packed = value(objective, params, rows_of([texts[:3], texts[3:]], length=30))
+    for other in (longer, packed):
+        for name, mean in padded.terms.items():
+            np.testing.assert_allclose(other.terms[name].total, mean.total, rtol=2e-5)
+            assert other.terms[name].count == mean.count == len(texts)
+    assert float(padded.value()) > 0.01
+
+
+def test_the_loss_is_zero_where_student_and_teacher_are_one(params):
+    teacher, _ = params
+    loss = minilm().make_loss(TEACHER, TEACHER, Compute())
+    batch = rows_of([[d] for d in documents(3)], length=12)
+    assert abs(float(loss(teacher, teacher, batch, None).value())) < 1e-6
+
+
+def test_layers_above_the_distilled_one_are_not_needed(params):
+    teacher, student = params
+    needed = V2.teacher_layers(TEACHER)
+    cut = {
+        "encoder": {
+            name: part
+            for name, part in teacher["encoder"].items()
+            if name not in {f"layer_{index}" for index in range(needed, 4)}
+        }
+    }
+    assert len(cut["encoder"]) == 4  # embeddings and three layers
+    batch = rows_of([[d] for d in documents(3)], length=12)
+    whole, less = value(V2, (teacher, student), batch), value(V2, (cut, student), batch)
+    assert float(whole.value()) == float(less.value())
+
+
+def test_heads_are_reported_and_average_to_their_term(params):
+    found = value(V2, params, rows_of([[d] for d in documents(3)], length=12))
+    assert set(found.terms) == {"qq", "kk", "vv"}
+    for name, mean in found.terms.items():
+        heads = found.metrics[f"{name}_heads"].total
+        assert heads.shape == (8,)
+        np.testing.assert_allclose(heads.mean(), mean.total, rtol=1e-6)
+
+
+def test_weights_scale_their_relation(params):
+    batch = rows_of([[d] for d in documents(3)], length=12)
+    plain = value(RelationObjective(relations=(("qk", 1.0), ("vv", 1.0))), params, batch)
+    scaled = value(RelationObjective(relations=(("qk", 0.5), ("vv", 3.0))), params, batch)
+    expected = 0.5 * plain.terms["qk"].value() + 3 * plain.terms["vv"].value()
+    np.testing.assert_allclose(scaled.value(), expected, rtol=1e-6)
+
+
+def test_dropout_and_gradients_do_not_depend_on_the_device_count(params):
+    """Ragged padding, dropout on, plain SGD: 20 steps on 1 and 8 devices, pmap and mesh."""
+    teacher, student = params
+    optimizer = optax.sgd(0.05)
+    loss = minilm().make_loss(TEACHER, STUDENT, Compute())
+    batches = [rows_of([[d] for d in documents(16, seed=s)], length=12) for s in range(4)]
+
+    def train(devices):
+        step = devices.lift_step(make_step(loss, optimizer, seed=5))
+        state, frozen = devices.place(create_state(student, optimizer)), devices.place(teacher)
+        for index in range(20):
+            state, _ = step(state, frozen, devices.place_batch(batches[index % 4]))
+        return jax.device_get(state.params)
+
+    one = train(Devices("pmap", devices=jax.devices()[:1]))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, student)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    for devices in (Devices("pmap"), Devices("mesh", fsdp=2)):
+        many = train(devices)
+        for (path, a), b in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(many), strict=True):
+            tolerance = 1e-6 * max(np.abs(a).max(), 1.0)
+            np.testing.assert_allclose(b, a, rtol=0, atol=tolerance, err_msg=str(path))
+
+
+def test_remat_changes_memory_not_numbers(params):
+    teacher, student = params
+    batch = rows_of([[d] for d in documents(4)], length=12)
+
+    def grads(compute):
+        loss = V2.make_loss(TEACHER, STUDENT, compute)
+        return jax.jit(jax.grad(lambda p: loss(p, teacher, batch, jax.random.key(2)).value()))(
+            student
+        )
+
+    plain, remat = grads(Compute()), grads(Compute(remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, remat)
+
+
+def test_bfloat16_stays_near_fp32(params):
+    batch = rows_of([[d] for d in documents(8)], length=12)
+    exact = value(V2, params, batch).value()
+    rough = value(V2, params, batch, compute=Compute(dtype="bfloat16")).value()
+    assert exact.dtype == rough.dtype == jnp.float32
+    np.testing.assert_allclose(rough, exact, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "objective,teacher,student,message",
+    [
+        (minilm(), {"num_attention_heads": 6}, {}, r"teacher has 6 attention heads.*student 4"),
+        (RelationObjective(heads=5), {}, {}, r"heads=5 .* teacher's hidden_size=24"),
+        (RelationObjective(heads=12), {}, {}, r"heads=12 .* student's hidden_size=16"),
+        (RelationObjective(layers=((5, 1),)), {}, {}, r"teacher layer 5; it has layers 1 to 4"),
+        (RelationObjective(layers=((4, 3),)), {}, {}, r"student layer 3; it has layers 1 to 2"),
+        (RelationObjective(relations=()), {}, {}, r"relations is empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused(objective, teacher, student, message):
+    with pytest.raises(ConfigError, match=message):
+        objective.check(
+            dataclasses.replace(TEACHER, **teacher), dataclasses.replace(STUDENT, **student)
+        )
+
+
+def test_a_student_of_the_teachers_layers_is_made_of_them(params):
+    teacher, _ = params
+    config = StudentConfig(
+        num_hidden_layers=2, hidden_size=24, num_attention_heads=4, intermediate_size=48,
+        init="teacher", teacher_layers=(2, 4),
+    )  # fmt: skip
+    student = init_student(jax.random.key(0), config, TEACHER, teacher["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, student["layer_0"], teacher["encoder"]["layer_1"])
+    jax.tree.map(np.testing.assert_array_equal, student["layer_1"], teacher["encoder"]["layer_3"])
+    np.testing.assert_array_equal(
+        student["embeddings"]["word"]["embedding"],
+        teacher["encoder"]["embeddings"]["word"]["embedding"],
+    )
+
+
+def test_a_narrower_student_keeps_whole_heads_first_units(params):
+    teacher, _ = params
+    config = StudentConfig(
+        num_hidden_layers=2, hidden_size=16, num_attention_heads=4, init="teacher"
+    )
+    config = dataclasses.replace(config, intermediate_size=32)
+    student = init_student(jax.random.key(0), config, TEACHER, teacher["encoder"])
+    wide = np.asarray(teacher["encoder"]["layer_3"]["attention"]["query"]["kernel"])
+    expected = wide[:16].reshape(16, 4, 6)[:, :, :4].reshape(16, 16)
+    found = student["layer_1"]["attention"]["query"]["kernel"]
+    np.testing.assert_array_equal(found, expected)
+    shapes = jax.eval_shape(
+        lambda k: init_params(k, student_encoder_config(config, TEACHER)), jax.random.key(0)
+    )
+    assert jax.tree.map(jnp.shape, student) == jax.tree.map(lambda x: x.shape, shapes)
+
+
+def test_a_random_student_may_take_the_vocabulary_over(params):
+    teacher, _ = params
+    config = StudentConfig(
+        num_hidden_layers=2, hidden_size=24, num_attention_heads=4, embeddings="teacher"
+    )
+    config = dataclasses.replace(config, intermediate_size=48)
+    student = init_student(jax.random.key(0), config, TEACHER, teacher["encoder"])
+    np.testing.assert_array_equal(
+        student["embeddings"]["word"]["embedding"],
+        teacher["encoder"]["embeddings"]["word"]["embedding"],
+    )
+    kernel = np.asarray(student["layer_0"]["ffn"]["up"]["kernel"])
+    assert not np.array_equal(kernel, teacher["encoder"]["layer_0"]["ffn"]["up"]["kernel"])
+
+
+def test_a_student_larger_than_its_start_is_refused(params):
+    config = StudentConfig(
+        num_hidden_layers=2, hidden_size=48, num_attention_heads=4, init="teacher"
+    )
+    with pytest.raises(ConfigError, match=r"hidden_size=48 is larger than the teacher's 24"):
+        init_student(jax.random.key(0), config, TEACHER, params[0]["encoder"])
+    with pytest.raises(ConfigError, match=r"student: num_attention_heads=5"):
+        student_encoder_config(StudentConfig(num_attention_heads=5), TEACHER)

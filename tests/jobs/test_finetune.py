@@ -1,0 +1,540 @@
+"""The whole path on small official files: files, features, training, predictions, metric, table."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from official_files import write_glue, write_mlqa, write_squad, write_tsv, write_xnli
+from tiny_models import write_tiny
+
+from minilm_jax.convert.folder import read_model
+from minilm_jax.encoder.config import Compute
+from minilm_jax.errors import ConfigError, DataError
+from minilm_jax.jobs import evaluate, finetune
+from minilm_jax.jobs.evaluate import EvaluateConfig
+from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig, SweepConfig
+from minilm_jax.tasks import losses
+from minilm_jax.tasks.answers import AnswerConfig
+from minilm_jax.tasks.batches import RowConfig
+from minilm_jax.tasks.catalog import TASKS, Part, TaskData
+from minilm_jax.tasks.features import LengthConfig
+from minilm_jax.tasks.tables import read_rows
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.optimizer import OptimizerConfig
+
+LENGTHS = LengthConfig(max_length=64, max_query_length=24, doc_stride=16)
+FAST = OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.0)
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs(tmp_path_factory):
+    """Most runs here compile the same programs: the second one takes them from a cache."""
+    names = (
+        ("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs"))),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    )
+    before = {name: getattr(jax.config, name) for name, _ in names}
+    for name, value in names:
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    real = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: real[:2])
+    return real
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("official")
+    write_glue(folder)
+    write_xnli(folder)
+    write_mlqa(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory):
+    """Multilingual-MiniLM's layout: a BERT with XLM-R's tokenizer."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "minilm", family="minilm")
+
+
+@pytest.fixture(scope="module")
+def xlmr(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("models") / "xlmr", family="xlm-roberta")
+
+
+def make(task, model, data, output, *, steps=2, **changes):
+    schedule = ScheduleConfig(max_steps=steps, evaluate_every=steps, log_every=1)
+    return FinetuneConfig(
+        **{
+            "task": task,
+            "model": str(model),
+            "data": TaskData(folder=data) if not isinstance(data, TaskData) else data,
+            "output": output,
+            "lengths": LENGTHS,
+            "batch": RowConfig(batch_size=8, bucket=64),
+            "optimizer": FAST,
+            "schedule": schedule,
+            **changes,
+        }
+    )
+
+
+SUBMISSIONS = {
+    "cola": ("CoLA.tsv", "index\tprediction\n0\t{0,1}"),
+    "sst2": ("SST-2.tsv", "index\tprediction\n0\t{0,1}"),
+    "mrpc": ("MRPC.tsv", "index\tprediction\n0\t{0,1}"),
+    "stsb": ("STS-B.tsv", "index\tprediction\n0\t"),
+    "qqp": ("QQP.tsv", "index\tprediction\n0\t{0,1}"),
+    "mnli": ("MNLI-m.tsv", "index\tprediction\n0\t{entailment,neutral,contradiction}"),
+    "qnli": ("QNLI.tsv", "index\tprediction\n0\t{entailment,not_entailment}"),
+    "rte": ("RTE.tsv", "index\tprediction\n0\t{entailment,not_entailment}"),
+    "wnli": ("WNLI.tsv", "index\tprediction\n0\t{0,1}"),
+}
+
+
+@pytest.mark.parametrize("task", SUBMISSIONS)
+def test_every_glue_task_from_files_to_table_and_submission(official, bert, tmp_path, task):
+    result = finetune.run(make(task, bert, official, tmp_path / "run"), say=quiet)
+    assert set(result.scores) == ({"dev-en", "dev-mm-en"} if task == "mnli" else {"dev-en"})
+    assert tuple(result.scores["dev-en"]) == TASKS[task].metrics
+    # The name of every class is in the exported config.
+    stored = json.loads((tmp_path / "run/best/config.json").read_text())
+    named = tuple(stored["id2label"][str(i)] for i in range(len(stored["id2label"])))
+    assert named == (TASKS[task].labels or ("score",))
+    rows = evaluate.run(
+        EvaluateConfig(
+            task=task,
+            models=(str(tmp_path / "run"),),
+            data=TaskData(folder=official),
+            output=tmp_path / "scores",
+            splits=("dev", "test", "test-mm", "ax") if task == "mnli" else ("dev", "test"),
+            lengths=LENGTHS,
+            batch=RowConfig(batch_size=16, layout="padded"),
+        ),
+        say=quiet,
+    )
+    # Another batch size and layout: the same predictions and figures as during training.
+    name = f"{task}-dev.tsv"
+    before, after = (
+        [line.split("\t")[1] for line in (tmp_path / folder / name).read_text().splitlines()[1:]]
+        for folder in ("run/predictions", "scores/predictions/run")
+    )
+    if task == "stsb":
+        assert list(map(float, after)) == pytest.approx(list(map(float, before)), abs=0.0011)
+    else:
+        assert after == before
+        found = {row.metric: row.value for row in rows if row.split == "dev"}
+        assert found == pytest.approx(result.scores["dev-en"])
+    name, expected = SUBMISSIONS[task]
+    text = (tmp_path / "scores/predictions/run" / name).read_text()
+    head, _, choices = expected.partition("{")
+    assert text.startswith(head) and text.count("\n") == 6
+    if choices:
+        assert {line.split("\t")[1] for line in text.splitlines()[1:]} <= set(
+            choices.rstrip("}").split(",")
+        )
+    if task == "mnli":
+        assert (tmp_path / "scores/predictions/run/AX.tsv").exists()
+    table = (tmp_path / "scores/tables.md").read_text()
+    assert f"| run | {task} | dev | en |" in table
+    column = {"sst2": "SST-2", "mnli": "MNLI-m", "cola": "CoLA"}.get(task)
+    if column:
+        assert "| MiniLM-L12xH384 (published) | 81.7 | 85.7 | 93.0 |" in table
+
+
+def test_a_task_that_can_be_learnt_is(official, bert, tmp_path):
+    config = make("sst2", bert, official, tmp_path / "run", steps=40)
+    schedule = dataclasses.replace(config.schedule, evaluate_every=10)
+    result = finetune.run(dataclasses.replace(config, schedule=schedule), say=quiet)
+    assert result.scores["dev-en"]["accuracy"] == 100.0
+    records = json.loads((tmp_path / "run/evaluations.json").read_text())
+    assert [record["step"] for record in records] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("family", ["minilm", "xlmr"])
+def test_xnli_selects_on_fifteen_languages_and_reports_the_test_sets(
+    official, request, tmp_path, family
+):
+    model = request.getfixturevalue(family)
+    config = make("xnli", model, official, tmp_path / "run", train_languages=("en", "de"))
+    result = finetune.run(config, say=quiet)
+    assert len(result.scores) == 15 and "test-ur" in result.scores
+    (record,) = json.loads((tmp_path / "run/evaluations.json").read_text())
+    assert len(record["scores"]) == 15 and all(part.startswith("dev-") for part in record["scores"])
+    joint = np.mean([scores["accuracy"] for scores in record["scores"].values()])
+    assert result.selection == pytest.approx(joint)
+    table = (tmp_path / "run/tables.md").read_text()
+    assert "| XLM-R Base (published) | 74.5 | 84.6 | 78.4 |" in table
+    (ours,) = [
+        line for line in table.splitlines() if line.startswith("| run | ") and "xnli" not in line
+    ]
+    average = np.mean([scores["accuracy"] for scores in result.scores.values()])
+    assert ours.split(" | ")[1] == f"{average:.1f}" and ours.count("|") == 18
+    assert len((tmp_path / "run/predictions/test-ur.tsv").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("task", ["squad1", "squad2"])
+def test_squad_learns_its_own_questions(tmp_path, bert, task):
+    data = write_squad(tmp_path / "squad")
+    config = make(task, bert, data, tmp_path / "run", steps=60)
+    result = finetune.run(config, say=quiet)
+    scores = result.scores["dev-en"]
+    assert scores["f1"] == scores["exact"] == 100.0
+    folder = tmp_path / "run/predictions"
+    predictions = json.loads((folder / f"{task}-dev-en-predictions.json").read_text())
+    assert predictions["q1"] == "Denmark, Iceland and Norway"
+    assert len(json.loads((folder / f"{task}-dev-en-nbest.json").read_text())["q0"]) > 3
+    if task == "squad2":
+        assert predictions["qx"] == ""
+        assert scores["best_f1"] == 100.0 and "no_answer_f1" in scores
+        odds = json.loads((folder / "squad2-dev-en-no-answer-odds.json").read_text())
+        assert odds["qx"] > 0 > odds["q0"]
+
+
+def test_mlqa_trains_on_squad_selects_on_english_and_reports_seven_languages(
+    official, minilm, tmp_path
+):
+    result = finetune.run(make("mlqa", minilm, official, tmp_path / "run"), say=quiet)
+    assert list(result.scores) == [f"test-{c}" for c in ("en", "es", "de", "ar", "hi", "vi", "zh")]
+    (record,) = json.loads((tmp_path / "run/evaluations.json").read_text())
+    assert list(record["scores"]) == ["dev-en"]
+    rows = evaluate.run(
+        EvaluateConfig(
+            task="mlqa",
+            models=(str(tmp_path / "run"),),
+            data=TaskData(folder=official),
+            output=tmp_path / "scores",
+            name="ours",
+            splits=("test",),
+            pairs="all",
+            lengths=LENGTHS,
+            batch=RowConfig(batch_size=8, bucket=64),
+        ),
+        say=quiet,
+    )
+    assert len(rows) == 49 * 2
+    table = (tmp_path / "scores/tables.md").read_text()
+    assert "| mMiniLM-L12xH384 (published) | 63.2/44.7 | 79.4/66.5 |" in table
+    assert "## G-XLT of ours (MLQA test, F1)" in table
+    names = {p.name for p in (tmp_path / "scores/predictions/ours").iterdir()}
+    assert {"mlqa-test-zh-en-predictions.json", "mlqa-test-zh-predictions.json"} <= names
+
+
+# The run
+
+
+def test_selection_early_stopping_and_the_best_kept(official, bert, tmp_path, monkeypatch):
+    config = make("sst2", bert, official, tmp_path / "run", steps=12)
+    schedule = dataclasses.replace(config.schedule, evaluate_every=2, patience=2, keep_models="all")
+    figures = iter([50.0, 70.0, 60.0, 65.0, 99.0])
+    real = evaluate.Evaluator.score
+
+    def scored(self, params, data):
+        result = real(self, params, data)
+        return dataclasses.replace(result, scores={"accuracy": next(figures)})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Evaluator, "score", scored)
+        result = finetune.run(
+            dataclasses.replace(config, schedule=schedule, report="none"), say=quiet
+        )
+    # 60 and 65 are two evaluations without improvement on 70.
+    assert (result.steps, result.best_step, result.selection) == (8, 4, 70.0)
+    assert {p.name for p in (tmp_path / "run").glob("step-*")} == {
+        "step-2", "step-4", "step-6", "step-8",
+    }  # fmt: skip
+    best, kept = (read_model(tmp_path / "run" / name) for name in ("best", "step-4"))
+    assert best.fingerprint == kept.fingerprint
+    assert best.fingerprint != read_model(tmp_path / "run/step-8").fingerprint
+    rows = evaluate.run(
+        EvaluateConfig(
+            task="sst2",
+            models=tuple(str(p) for p in sorted((tmp_path / "run").glob("step-*"))),
+            data=TaskData(folder=official),
+            output=tmp_path / "scores",
+            lengths=LENGTHS,
+            batch=RowConfig(batch_size=8),
+        ),
+        say=quiet,
+    )
+    assert [row.name for row in rows] == ["step-2", "step-4", "step-6", "step-8"]
+
+
+def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_path, monkeypatch):
+    config = make("rte", bert, official, tmp_path / "whole", steps=6)
+    config = dataclasses.replace(
+        config, schedule=dataclasses.replace(config.schedule, evaluate_every=3, save_every=2)
+    )
+    whole = finetune.run(config, say=quiet)
+    config = dataclasses.replace(config, output=tmp_path / "cut", name="whole")
+    real = finetune._Training._evaluate
+
+    def power_cut(self, step, params, selection):
+        if step == 6:
+            raise KeyboardInterrupt
+        return real(self, step, params, selection)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune._Training, "_evaluate", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.run(config, say=quiet)
+    again = finetune.run(config, say=quiet)
+    assert again.scores == whole.scores and again.best_step == whole.best_step
+    models = [read_model(tmp_path / name / "best").fingerprint for name in ("whole", "cut")]
+    assert models[0] == models[1]
+    said = []
+    assert finetune.run(config, say=said.append) == again
+    assert "is finished (6 steps)" in said[0]
+    with pytest.raises(ConfigError, match=r"differs from this one(.|\n)*learning_rate"):
+        changed = dataclasses.replace(FAST, learning_rate=1e-5)
+        finetune.run(dataclasses.replace(config, optimizer=changed), say=quiet)
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_mean_and_deviation_and_the_best_setting(official, bert, tmp_path):
+    config = make(
+        "cola",
+        bert,
+        official,
+        tmp_path / "sweep",
+        sweep=SweepConfig(learning_rates=(1e-6, 3e-3), epochs=(4,), seeds=(1, 2)),
+    )
+    schedule = ScheduleConfig(evaluate_every=8, log_every=50)
+    config = dataclasses.replace(config, schedule=schedule)
+    results = finetune.run(config, say=quiet)
+    assert len(results) == 4
+    found = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    values = [s["selection"] for s in found["settings"]]
+    assert [s["learning_rate"] for s in found["settings"]] == [1e-6, 3e-3]
+    for setting, seeds in zip(found["settings"], values, strict=True):
+        assert setting["mean"] == pytest.approx(np.mean(seeds))
+        assert setting["deviation"] == pytest.approx(np.std(seeds, ddof=1))
+    assert found["best"]["mean"] == max(np.mean(values, axis=1))
+    rows = read_rows(tmp_path / "sweep/results.csv")
+    assert {(row.seed, row.metric) for row in rows} == {
+        (s, m) for s in "12" for m in ("matthews", "accuracy")
+    }
+    assert json.loads(rows[0].settings)["schedule"]["epochs"] == 4
+    assert "±" in (tmp_path / "sweep/tables.md").read_text()
+
+
+@pytest.mark.slow
+def test_any_number_of_devices_trains_the_same(official, bert, tmp_path, monkeypatch, two_devices):
+    """12 examples in batches of 8: the last batch is neither dropped nor counted twice."""
+    curves = []
+    for count, lift in ((4, "pmap"), (1, "pmap"), (4, "mesh")):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "devices", lambda count=count: two_devices[:count])
+            output = tmp_path / f"{count}{lift}"
+            config = make("stsb", bert, official, output, steps=4, report="none")
+            schedule = dataclasses.replace(config.schedule, lift=lift)
+            finetune.run(dataclasses.replace(config, schedule=schedule), say=quiet)
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)
+
+
+def test_scores_depend_on_neither_devices_nor_layout(official, bert, two_devices):
+    model, tokenizer = evaluate.load(str(bert))
+    task = TASKS["mnli"]
+    params = losses.init_head(
+        jax.random.key(0), model.config, "classes", classes=3, params=model.params
+    )
+    found = []
+    for count, lift, layout, size in (
+        (1, "pmap", "padded", 5),
+        (8, "pmap", "bucketed", 8),
+        (2, "mesh", "bucketed", 4),
+    ):
+        evaluator = evaluate.Evaluator(
+            task,
+            model,
+            tokenizer,
+            labels=task.labels,
+            devices=Devices(lift, devices=two_devices[:count]),
+            lengths=LENGTHS,
+            answers=AnswerConfig(),
+            batch=RowConfig(batch_size=size, layout=layout, bucket=8),
+            compute=Compute(),
+        )
+        data = evaluator.read(TaskData(folder=official), Part(split="dev"))
+        found.append(np.stack(evaluator.logits(params, data.features)))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
+# A user's own data
+
+
+def test_own_texts_keep_their_class_names(bert, tmp_path):
+    rows = [("good film", "Like"), ("bad film", "Dislike"), ("plain film", "Other")] * 4
+    train = write_tsv(tmp_path / "train.tsv", ("text", "label"), *rows)
+    test = write_tsv(tmp_path / "test.tsv", ("text", "label"), *rows[:5])
+    data = TaskData(train=train, dev=train, test=test)
+    result = finetune.run(make("texts", bert, data, tmp_path / "run", steps=150), say=quiet)
+    assert result.scores == {"test-en": {"accuracy": 100.0, "macro_f1": 100.0}}
+    text = (tmp_path / "run/predictions/texts-test.tsv").read_text()
+    assert text == "id\tprediction\n0\tLike\n1\tDislike\n2\tOther\n3\tLike\n4\tDislike\n"
+
+
+def test_own_questions(bert, tmp_path):
+    context = "The cat is on the table."
+    rows = [
+        {"id": "a", "question": "Where?", "context": context,
+         "answers": [{"text": "on the table", "answer_start": 11}]},
+        {"id": "b", "question": "Who flies?", "context": context, "answers": []},
+    ]  # fmt: skip
+    file = tmp_path / "q.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = TaskData(train=file, dev=file)
+    result = finetune.run(make("questions", bert, data, tmp_path / "run", steps=40), say=quiet)
+    assert result.scores["dev-en"]["exact"] == 100.0
+
+
+# Bad input
+
+
+def test_what_cannot_work_is_said_before_the_first_step(official, bert, tmp_path):
+    config = make("sst2", bert, official, tmp_path / "run")
+    for changes, error, message in [
+        ({"lengths": LengthConfig(max_length=512)}, ConfigError, "longer than the model's 128"),
+        ({"batch": RowConfig(batch_size=7)}, ConfigError, "batch_size=7 does not divide over 2"),
+        ({"data": TaskData(folder=tmp_path)}, DataError, "no such file"),
+        ({"task": "squad1"}, DataError, "doc_stride|train-v1.1|no such file"),
+        ({"train_languages": ("de",)}, ConfigError, "sst2 has no language 'de'"),
+        ({"task": "texts"}, ConfigError, "needs a file for split 'train'"),
+        ({"optimizer": OptimizerConfig(warmup_steps=9)}, ConfigError, "warmup_steps=9 must be"),
+    ]:
+        data = tmp_path if "task" in changes and changes["task"] == "squad1" else official
+        wrong = dataclasses.replace(config, **{"data": TaskData(folder=data), **changes})
+        with pytest.raises(error, match=message):
+            finetune.run(wrong, say=quiet)
+        assert not (tmp_path / "run").exists()
+    for wrong in ({"epochs": 0}, {"patience": -1}, {"warmup_ratio": 1.0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            ScheduleConfig(**wrong)
+
+
+def test_a_model_is_not_scored_on_classes_it_does_not_name(official, bert, tmp_path):
+    def score(model, task="rte", **changes):
+        config = EvaluateConfig(
+            task=task,
+            models=(str(model),),
+            data=TaskData(folder=official),
+            output=tmp_path / "scores",
+            lengths=LENGTHS,
+            batch=RowConfig(batch_size=8),
+            **changes,
+        )
+        return evaluate.run(config, say=quiet)
+
+    with pytest.raises(ConfigError, match=r"has no sequence classifier; fine-tune it on rte"):
+        score(bert)
+    with pytest.raises(ConfigError, match=r"has no span; fine-tune it on squad1"):
+        score(bert, task="squad1")
+    finetune.run(make("rte", bert, official, tmp_path / "run"), say=quiet)
+    with pytest.raises(ConfigError, match=r"calls its classes entailment, not_entailment; mnli"):
+        score(tmp_path / "run", task="mnli")
+    expected = score(tmp_path / "run")
+    # Upper case is a spelling; names in another order are another order.
+    config_file = tmp_path / "run/best/config.json"
+    stored = json.loads(config_file.read_text())
+    stored["id2label"] = {"0": "ENTAILMENT", "1": "NOT_ENTAILMENT"}
+    config_file.write_text(json.dumps(stored))
+    assert score(tmp_path / "run")[0].value == expected[0].value
+    stored["id2label"] = {"0": "not_entailment", "1": "entailment"}
+    config_file.write_text(json.dumps(stored))
+    assert score(tmp_path / "run")[0].value == pytest.approx(100 - expected[0].value)
+    stored["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}
+    config_file.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"calls its classes LABEL_0, LABEL_1; rte has"):
+        score(tmp_path / "run")
+    labels = ("entailment", "not_entailment")
+    assert score(tmp_path / "run", labels=labels)[0].value == expected[0].value
+    with pytest.raises(ConfigError, match=r"labels: 3 names given for the model's 2 classes"):
+        score(tmp_path / "run", labels=(*labels, "x"))
+
+
+def test_results_are_not_added_to_somebody_elses_file(official, bert, tmp_path):
+    finetune.run(make("rte", bert, official, tmp_path / "run"), say=quiet)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores/results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"results.csv: is no results file of ours"):
+        evaluate.run(
+            EvaluateConfig(
+                task="rte",
+                models=(str(tmp_path / "run"),),
+                data=TaskData(folder=official),
+                output=tmp_path / "scores",
+                lengths=LENGTHS,
+                batch=RowConfig(batch_size=8),
+            ),
+            say=quiet,
+        )
+
+
+def test_what_a_head_starts_from(bert):
+    """A pooler becomes BERT's first classifier layer; a head that fits goes on; no other does."""
+    model, _ = evaluate.load(str(bert))
+    key = jax.random.key(0)
+    encoder = model.params["encoder"]
+
+    def start(kind, classes=3, **params):
+        params = {"encoder": encoder, **params}
+        return losses.init_head(key, model.config, kind, classes=classes, params=params)
+
+    fresh = start("classes")["sequence_classifier"]
+    pooler = {"dense": jax.tree.map(np.ones_like, fresh["dense"])}
+    pooled = start("classes", pooler=pooler)["sequence_classifier"]
+    assert (pooled["dense"]["kernel"] == 1).all()
+    np.testing.assert_array_equal(pooled["output"]["kernel"], fresh["output"]["kernel"])
+    head = jax.tree.map(np.ones_like, fresh)
+    assert (
+        start("classes", sequence_classifier=head)["sequence_classifier"]["output"]["kernel"] == 1
+    ).all()
+    other = start("classes", classes=2, sequence_classifier=head)["sequence_classifier"]
+    assert other["output"]["kernel"].shape == (32, 2) and not (other["output"]["kernel"] == 1).any()
+    assert (other["dense"]["kernel"] == 1).all()
+    span = start("span")["span"]
+    assert (
+        start("span", span=jax.tree.map(np.ones_like, span))["span"]["output"]["kernel"] == 1
+    ).all()
+
+
+def test_outputs_of_other_classes_are_no_start(official, bert, tmp_path):
+    """RTE's classes stand in WNLI's order reversed: the names decide what is kept."""
+    finetune.run(make("rte", bert, official, tmp_path / "rte", report="none"), say=quiet)
+    source, _ = evaluate.load(str(tmp_path / "rte"))
+    config = make("wnli", tmp_path / "rte", official, tmp_path / "wnli")
+    labels = finetune._labels(TASKS["wnli"], source, [])
+    assert labels == ("entailment", "not_entailment")  # the checkpoint's order, not the task's
+    _, params = finetune._start(config, TASKS["wnli"], source, labels)
+    kept = params["sequence_classifier"]["output"]["kernel"]
+    np.testing.assert_array_equal(kept, source.params["sequence_classifier"]["output"]["kernel"])
+    labels = finetune._labels(TASKS["sst2"], source, [])
+    assert labels == ("negative", "positive")
+    _, params = finetune._start(config, TASKS["sst2"], source, labels)
+    fresh = params["sequence_classifier"]["output"]["kernel"]
+    assert (fresh != source.params["sequence_classifier"]["output"]["kernel"]).any()

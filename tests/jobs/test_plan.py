@@ -1,0 +1,161 @@
+"""The plan: figures that can be worked out by hand, this machine, and TPU slices not there."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tyro
+
+from minilm_jax.cli import load_experiment
+from minilm_jax.errors import ConfigError
+from minilm_jax.jobs import plan
+from minilm_jax.jobs.plan import Memory, Plan, PlanConfig
+from minilm_jax.train.flops import count_flops
+from minilm_jax.train.hardware import parse_slice
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="compiling for a TPU needs its compiler: pip install 'jax[tpu]'",
+)
+
+
+def experiment(name):
+    return load_experiment(str(EXPERIMENTS / name))
+
+
+def train(config, **changes):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def planned(config, **options):
+    lines = []
+    return plan.run(PlanConfig(run=config, **options), say=lines.append), "\n".join(lines)
+
+
+def test_flops_are_those_of_the_matrix_products():
+    x, w = jnp.zeros((5, 7)), jnp.zeros((7, 3))
+    assert count_flops(jnp.dot, x, w) == 2 * 5 * 7 * 3
+    # One product forward; backward only that for w, as x is not differentiated.
+    assert count_flops(jax.grad(lambda w: (x @ w).sum()), w) == 2 * 2 * 5 * 7 * 3
+    looped = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=4)[0]  # noqa: E731
+    assert count_flops(looped, jnp.zeros((6, 6))) == 4 * 2 * 6**3
+    assert count_flops(jax.jit(jax.checkpoint(looped)), jnp.zeros((6, 6))) == 4 * 2 * 6**3
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("tpu-v5e-256", ("v5e", "16x16")),
+        ("tpu-v4-256", ("v4", "4x4x8")),
+        ("tpu-v4:2x2x4", ("v4", "2x2x4")),
+        ("tpu-v6e-8", ("v6e", "2x4")),
+    ],
+)
+def test_a_slice_is_named_as_cloud_tpu_names_it(name, expected):
+    assert parse_slice(name) == expected
+
+
+@pytest.mark.parametrize("name", ["tpu", "tpu-v9-8", "tpu-v5e-7", "gpu-h100", "tpu-v5e:16"])
+def test_unknown_hardware_is_refused_with_what_is_known(name):
+    with pytest.raises(ConfigError, match=r"hardware '.*tpu-v"):
+        parse_slice(name)
+
+
+@pytest.mark.parametrize("lift,fsdp", [("pmap", 1), ("mesh", 4)])
+def test_a_plan_for_this_machine(lift, fsdp):
+    config = train(experiment("minilm_v2/bert_base_6x384.py:smoke"), lift=lift, fsdp=fsdp)
+    (found,), text = planned(config)
+    memory, student = found.memory, config.student
+    assert found.devices == 8
+    assert found.tokens == 3 * 8 * 32
+    assert found.fits
+    assert "fits        yes" in text
+    # fp32; Adam has two numbers a parameter; what fsdp divides is nearly all of it.
+    whole = 4 * found.student_parameters
+    assert whole / fsdp <= memory.student <= whole / fsdp * 1.2
+    assert memory.optimizer == pytest.approx(2 * memory.student, rel=0.01)
+    assert memory.temporary > 0
+    # The products of the student's blocks but the last, three times over, are a lower bound.
+    blocks = (student.num_hidden_layers - 1) * 12 * student.hidden_size**2
+    assert found.flops > 3 * 2 * 8 * 32 * blocks
+
+
+def test_both_runs_of_a_chain_are_planned():
+    found, text = planned(experiment("minilm_v1/bert_base_3x384_assistant.py:smoke"))
+    assert len(found) == 2
+    # The second one's teacher is the first one's student.
+    assert found[1].teacher_parameters <= found[0].student_parameters
+    assert text.count("hardware    local") == 2
+
+
+def test_what_does_not_fit_comes_with_what_to_change(monkeypatch):
+    monkeypatch.setattr(plan, "memory_limit", lambda device: 1000)
+    config = experiment("minilm_v2/bert_base_6x384.py:smoke")
+    config = dataclasses.replace(
+        config, batch=dataclasses.replace(config.batch, batch_size=16, sequence_length=16)
+    )
+    (found,), text = planned(config)
+    assert not found.fits
+    assert "fits        no" in text
+    for advice in ("--train.accumulate 2", "--compute.remat", "--train.fsdp 2", "bfloat16"):
+        assert advice in text
+
+
+def test_the_compilers_refusal_is_a_plan_that_does_not_fit():
+    memory = Memory(teacher=1, student=2, optimizer=3, batch=4, temporary=5, code=6, limit=21)
+    fitting = Plan(
+        name="run",
+        hardware="local",
+        devices=1,
+        lift="pmap",
+        teacher_parameters=1,
+        student_parameters=1,
+        flops=1,
+        steps=1,
+        tokens=1,
+        memory=memory,
+        refusal="",
+        seconds_a_step=None,
+        advice=(),
+    )
+    assert memory.total == 21
+    assert fitting.fits
+    assert not dataclasses.replace(fitting, memory=dataclasses.replace(memory, limit=20)).fits
+    refused = dataclasses.replace(fitting, memory=None, refusal="RESOURCE_EXHAUSTED: 20.1G")
+    assert not refused.fits
+    assert "RESOURCE_EXHAUSTED: 20.1G" in plan.describe_plan(refused)
+
+
+def test_every_setting_of_the_run_is_an_option_of_the_plan():
+    config = tyro.cli(
+        PlanConfig,
+        args=["--hardware", "tpu-v5e-8", "--train.accumulate", "2"],
+        default=PlanConfig(run=experiment("minilm_v2/bert_base_6x384.py")),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    assert config.hardware == "tpu-v5e-8"
+    assert config.run.train.accumulate == 2
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "name,hardware,lift,fsdp",
+    [
+        # 200 s were seen on two busy cores.
+        pytest.param(
+            "minilm_v1/bert_base_3x384.py", "tpu-v5e-256", "pmap", 1, marks=pytest.mark.slow
+        ),
+        ("minilm_v1/bert_base_3x384.py", "tpu-v4-256", "mesh", 8),
+    ],
+)
+def test_a_published_recipe_compiles_for_a_pod_and_fits(name, hardware, lift, fsdp):
+    """The real step at full size for the real topology; no TPU is here."""
+    (found,), _ = planned(train(experiment(name), lift=lift, fsdp=fsdp), hardware=hardware)
+    assert found.devices == {"tpu-v5e-256": 256, "tpu-v4-256": 128}[hardware]
+    assert found.fits
+    assert 0 < found.memory.temporary < 8 << 30
+    assert found.seconds_a_step > 0

@@ -1,0 +1,365 @@
+"""Official files in, examples out; and what each reader says of files that are not right."""
+
+import json
+
+import pytest
+from official_files import (
+    CONTEXTS,
+    SENTENCES,
+    squad,
+    write_glue,
+    write_mlqa,
+    write_squad,
+    write_tsv,
+    write_xnli,
+)
+
+from minilm_jax.errors import ConfigError, DataError
+from minilm_jax.tasks.catalog import TASKS, Part, TaskData, all_languages, all_pairs, read_part
+from minilm_jax.tasks.examples import Answer, Skips
+from minilm_jax.tasks.glue import GLUE, read_glue
+from minilm_jax.tasks.mlqa import read_mlqa
+from minilm_jax.tasks.own import label_names, read_questions, read_texts
+from minilm_jax.tasks.squad import read_squad
+from minilm_jax.tasks.xnli import read_xnli, read_xnli_train
+
+
+@pytest.fixture
+def skips():
+    return Skips()
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    return write_glue(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.fixture(scope="module")
+def xnli(tmp_path_factory):
+    return write_xnli(tmp_path_factory.mktemp("xnli"))
+
+
+@pytest.fixture(scope="module")
+def mlqa(tmp_path_factory):
+    return write_mlqa(tmp_path_factory.mktemp("mlqa"))
+
+
+# GLUE
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_every_glue_task_reads_its_splits(glue, task, skips):
+    splits = ("train", "dev", "test") + (("dev-mm", "test-mm", "ax") if task == "mnli" else ())
+    for split in splits:
+        found = read_glue(glue, task=task, split=split, skips=skips)
+        assert len(found) == (5 if split[:2] in ("te", "ax") else 12)
+        assert '"unfinished' in found[0].text  # quotes are text
+        assert (found[0].text_pair is None) == (task in ("cola", "sst2"))
+        labels = {example.label for example in found}
+        if split[:2] in ("te", "ax"):
+            assert labels == {None}
+        elif task == "stsb":
+            assert labels == {0.0, 5.0}
+        else:
+            assert labels == set(TASKS[task].labels)
+
+
+def test_labels_go_by_name_in_the_order_of_hugging_face():
+    assert TASKS["mnli"].labels == TASKS["xnli"].labels == (
+        "entailment", "neutral", "contradiction",
+    )  # fmt: skip
+    # WNLI's files say 1 where RTE's say entailment; QNLI's first class is entailment.
+    assert TASKS["wnli"].labels == ("not_entailment", "entailment")
+    assert TASKS["rte"].labels == ("entailment", "not_entailment")
+
+
+def test_rows_the_official_readers_skip_are_counted_and_listed(glue, skips):
+    read_glue(glue, task="qqp", split="train", skips=skips)
+    read_glue(glue, task="mnli", split="dev", skips=skips)
+    assert skips.counts == {
+        "2 columns where 6 belong": 1,
+        "no gold label: the annotators disagreed": 1,
+    }
+    assert any("QQP/train.tsv:5: 2 columns" in line for line in skips.lines())
+
+
+def test_a_task_folder_itself_will_do(glue, skips):
+    assert read_glue(glue / "RTE", task="rte", split="dev", skips=skips)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("0", "a", "b", ""), r"dev.tsv:2: column 'label' is empty"),
+        (("0", "a", "b", "maybe"), r"dev.tsv:2: label 'maybe' is not one of entailment, not"),
+        (("0", "a", "b"), r"dev.tsv:2: 3 columns where 4 belong"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(tmp_path, skips, row, message):
+    write_tsv(tmp_path / "RTE/dev.tsv", ("index", "sentence1", "sentence2", "label"), row)
+    with pytest.raises(DataError, match=message):
+        read_glue(tmp_path, task="rte", split="dev", skips=skips)
+
+
+def test_a_file_of_another_task_is_refused(glue, tmp_path, skips):
+    (tmp_path / "dev.tsv").write_bytes((glue / "QNLI/dev.tsv").read_bytes())
+    with pytest.raises(DataError, match=r"dev.tsv:1: no column 'sentence1', 'sentence2'; it has"):
+        read_glue(tmp_path, task="rte", split="dev", skips=skips)
+    with pytest.raises(DataError, match=r"RTE/train.tsv: no such file"):
+        read_glue(tmp_path, task="rte", split="train", skips=skips)
+    with pytest.raises(ConfigError, match=r"rte has no split 'dev-mm'; it has train, dev, test"):
+        read_glue(tmp_path, task="rte", split="dev-mm", skips=skips)
+
+
+@pytest.mark.parametrize("said", ["", "high", "5.1", "nan"])
+def test_a_score_must_be_one(tmp_path, skips, said):
+    write_tsv(tmp_path / "dev.tsv", ("sentence1", "sentence2", "score"), ("a", "b", said))
+    with pytest.raises(DataError, match=r"dev.tsv:2: .* 'score' where a score of 0 to 5 belongs"):
+        read_glue(tmp_path, task="stsb", split="dev", skips=skips)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"good\t1\ncaf\xe9\t1\n", r"dev.tsv:3: byte 4 \(0xe9\) is not UTF-8"),
+        ("good\t1\n".encode("utf-16"), r"is not UTF-8|UTF-16"),
+    ],
+)
+def test_mixed_encodings_are_named_with_their_line(tmp_path, skips, raw, message):
+    (tmp_path / "dev.tsv").write_bytes(b"sentence\tlabel\n" + raw)
+    with pytest.raises(DataError, match=message):
+        read_glue(tmp_path, task="sst2", split="dev", skips=skips)
+
+
+def test_a_file_in_utf16_is_called_that(tmp_path, skips):
+    (tmp_path / "dev.tsv").write_bytes("sentence\tlabel\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"dev.tsv:1: is UTF-16; convert"):
+        read_glue(tmp_path, task="sst2", split="dev", skips=skips)
+
+
+def test_unicode_line_separators_are_text_and_windows_line_ends_are_not(tmp_path, skips):
+    text = "one\u2028two\x0bthree\u0085four"
+    (tmp_path / "dev.tsv").write_bytes(f"sentence\tlabel\r\n{text}\t1\r\n".encode())
+    (example,) = read_glue(tmp_path, task="sst2", split="dev", skips=skips)
+    assert (example.text, example.label) == (text, "positive")
+
+
+# XNLI
+
+
+def test_xnli_reads_fifteen_languages(xnli, skips):
+    for part in all_languages("xnli", Part(split="test")):
+        found = read_part("xnli", TaskData(folder=xnli), part, purpose="evaluate", skips=skips)
+        assert [e.language for e in found] == [part.language] * 6
+        assert found[0].text == SENTENCES[part.language][0]
+        assert {e.label for e in found} == set(TASKS["xnli"].labels)
+
+
+def test_xnli_training_sets_spell_contradiction_otherwise(xnli):
+    for language in ("en", "de"):
+        labels = {e.label for e in read_xnli_train(xnli, language=language)}
+        assert labels == set(TASKS["xnli"].labels)
+
+
+def test_a_training_set_in_another_language_is_refused(xnli, tmp_path):
+    german = (xnli / "XNLI-MT-1.0/multinli/multinli.train.de.tsv").read_bytes()
+    (tmp_path / "multinli.train.en.tsv").write_bytes(german)
+    with pytest.raises(DataError, match=r"is said to be 'en' but reads like 'de'"):
+        read_xnli_train(tmp_path, language="en")
+    (tmp_path / "multinli.train.zh.tsv").write_bytes(german)
+    with pytest.raises(DataError, match=r"is said to be 'zh' but is written in Latin letters"):
+        read_xnli_train(tmp_path, language="zh")
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_every_language_is_taken_for_itself_and_no_other_script(tmp_path, language, xnli):
+    rows = [(SENTENCES[language][0], SENTENCES[language][1], "neutral")] * 30
+    for other in SENTENCES:
+        file = tmp_path / f"multinli.train.{other}.tsv"
+        write_tsv(file, ("premise", "hypo", "label"), *rows)
+    assert len(read_xnli_train(tmp_path, language=language)) == 30
+    wrong = "en" if language in ("zh", "ar", "hi", "th", "el", "ru", "bg", "ur") else "zh"
+    with pytest.raises(DataError, match="is said to be"):
+        read_xnli_train(tmp_path, language=wrong)
+
+
+def test_a_language_that_is_not_in_the_file(xnli, skips):
+    with pytest.raises(DataError, match=r"no row has language 'it'; it has \['ar', 'bg'"):
+        read_xnli(xnli, split="dev", language="it", skips=skips)
+    with pytest.raises(ConfigError, match=r"xnli has no language 'it'"):
+        part = Part(split="dev", language="it")
+        read_part("xnli", TaskData(folder=xnli), part, purpose="evaluate", skips=skips)
+
+
+# SQuAD and MLQA
+
+
+def test_squad_reads_both_versions(tmp_path, skips):
+    write_squad(tmp_path)
+    one = read_squad(tmp_path / "dev-v1.1.json", purpose="evaluate", version="1.1", skips=skips)
+    two = read_squad(tmp_path / "train-v2.0.json", purpose="train", version="2.0", skips=skips)
+    assert [e.answers[0].text for e in one] == [a for _, a in CONTEXTS["en"][1]]
+    assert [len(e.answers) for e in two] == [1, 1, 0]
+    answer = two[0].answers[0]
+    assert two[0].context[answer.start : answer.end] == "France"
+
+
+def test_the_other_version_is_refused(tmp_path, skips):
+    write_squad(tmp_path)
+    with pytest.raises(DataError, match=r"question 'qx': is_impossible stands in SQuAD 2.0 only"):
+        read_squad(tmp_path / "dev-v2.0.json", purpose="evaluate", version="1.1", skips=skips)
+    with pytest.raises(DataError, match=r"so it is SQuAD 1.1; take task squad1"):
+        read_squad(tmp_path / "dev-v1.1.json", purpose="evaluate", version="2.0", skips=skips)
+
+
+def broken_squad(tmp_path, change):
+    context, pairs = CONTEXTS["en"]
+    article = squad(context, pairs)
+    change(article["paragraphs"][0]["qas"][1])
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"data": [article]}, indent=1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda qa: qa["answers"][0].update(text="Atlantis"), "stand in its context"),
+        (lambda qa: qa["answers"][0].update(answer_start=3), "stand at its answer_start"),
+        (lambda qa: qa["answers"][0].update(answer_start=-9), "stand at its answer_start"),
+        (lambda qa: qa["answers"][0].update(text=" "), "the answer is empty"),
+    ],
+)
+def test_answers_not_at_their_place_are_skipped_in_training_and_listed(
+    tmp_path, skips, change, reason
+):
+    path = broken_squad(tmp_path, change)
+    assert len(read_squad(path, purpose="train", version="any", skips=skips)) == 1
+    (listed,) = skips.listed
+    line = 1 + path.read_text().split('"q1"')[0].count("\n")
+    assert listed.startswith(f"{path}:{line}, question 'q1': ") and reason in listed
+    # The official scorer reads texts alone.
+    assert len(read_squad(path, purpose="evaluate", version="any", skips=Skips())) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda qa: qa.update(question=" \n"), r"train.json:\d+, question 'q1': the question is e"),
+        (lambda qa: qa.update(question=None), r"question 'q1': question is missing or no text"),
+        (lambda qa: qa.update(answers=[]), r"question 'q1': has no answer to learn from"),
+        (lambda qa: qa.update(id="q0"), r"train.json: the id 'q0' stands there 2 times"),
+        (lambda qa: qa.pop("id"), r"has no id in quotes"),
+        (lambda qa: qa["answers"][0].pop("answer_start"), r"needs a text and an integer answer_st"),
+    ],
+)
+def test_questions_that_are_not_right_are_refused(tmp_path, skips, change, message):
+    with pytest.raises(DataError, match=message):
+        read_squad(broken_squad(tmp_path, change), purpose="train", version="any", skips=skips)
+
+
+def test_json_of_another_kind_is_refused(tmp_path, skips):
+    for text, message in [
+        ("[1]", "is a list, not an object"),
+        ('{"data": 3}', "no list 'data'"),
+        ('{"data": [{"paragraphs": [{"qas": []}]}]}', "a paragraph has no context"),
+        ('{"data": []}', "holds no question"),
+        ('{"data": ', "is not JSON"),
+    ]:
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_squad(tmp_path / "x.json", purpose="evaluate", version="any", skips=skips)
+
+
+def test_mlqa_reads_all_pairs_of_languages(mlqa, skips):
+    for part in all_pairs(Part(split="test")):
+        data = TaskData(folder=mlqa)
+        found = read_part("mlqa", data, part, purpose="evaluate", skips=skips)
+        answer = found[0].answers[0]
+        assert found[0].context[answer.start : answer.end] == CONTEXTS[part.language][1][0][1]
+        assert found[0].question == CONTEXTS[part.question_language][1][0][0]
+    train = read_part("mlqa", data, Part(split="train"), purpose="train", skips=skips)
+    assert len(train) == 2
+
+
+def test_a_context_in_another_language_is_refused(mlqa, tmp_path, skips):
+    name = "dev-context-{}-question-{}.json"
+    chinese = mlqa / "MLQA_V1/dev" / name.format("zh", "zh")
+    (tmp_path / name.format("hi", "zh")).write_bytes(chinese.read_bytes())
+    with pytest.raises(DataError, match=r"\(contexts\): is said to be 'hi' but .* Cjk letters"):
+        read_mlqa(tmp_path, split="dev", language="hi", question_language="zh", skips=skips)
+    with pytest.raises(DataError, match=r"no dev-context-en-question-zh.json"):
+        read_mlqa(tmp_path, split="dev", language="en", question_language="zh", skips=skips)
+    with pytest.raises(ConfigError, match=r"MLQA has no language 'fr'"):
+        read_mlqa(tmp_path, split="dev", language="fr", question_language="en", skips=skips)
+
+
+# A user's own
+
+
+def test_own_texts_as_tsv_and_jsonl(tmp_path):
+    tsv = write_tsv(tmp_path / "a.tsv", ("label", "text"), ("spam", "win"), ("ham", "hi"))
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "win", "label": "spam"}\n\n{"text": "hi", "text_pair": "ho", "label": "ham"}\n'
+    )
+    first, second = read_texts(tsv), read_texts(tmp_path / "a.jsonl")
+    assert [e.label for e in first] == [e.label for e in second] == ["spam", "ham"]
+    assert (second[1].text_pair, second[1].origin) == ("ho", f"{tmp_path / 'a.jsonl'}:3")
+    assert label_names(first, name="a") == ("ham", "spam")
+    with pytest.raises(DataError, match=r"a.tsv:3: label 'ham' is not one of spam, eggs"):
+        read_texts(tsv, labels=("spam", "eggs"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "x"}', r"a.jsonl:1: label is missing"),
+        ('{"label": "x"}', r"a.jsonl:1: no text 'text'; there is label"),
+        ("text", r"a.jsonl:1: is not JSON"),
+        ("[]", r"a.jsonl:1: is a list"),
+    ],
+)
+def test_own_texts_that_are_not_right(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_texts(tmp_path / "a.jsonl")
+
+
+def test_own_files_to_predict_need_no_label(tmp_path):
+    file = write_tsv(tmp_path / "a.tsv", ("text",), ("win",))
+    assert read_texts(file, hidden=True)[0].label is None
+    with pytest.raises(DataError, match=r"neither \.tsv"):
+        read_texts(tmp_path / "a.csv")
+    same = write_tsv(tmp_path / "b.tsv", ("text", "label"), ("win", "x"), ("hi", "x"))
+    with pytest.raises(DataError, match="at least two classes"):
+        label_names(read_texts(same), name="b")
+
+
+def test_own_questions(tmp_path, skips):
+    rows = [
+        {
+            "question": "Where?",
+            "context": "In Rome.",
+            "answers": [{"text": "Rome", "answer_start": 3}],
+        },
+        {"question": "Who?", "context": "In Rome.", "answers": []},
+        {"question": "When?", "context": "In Rome.", "answers": [{"text": "x", "answer_start": 3}]},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = read_questions(file, purpose="train", skips=skips)
+    assert [e.answers for e in found] == [(Answer(text="Rome", start=3),), ()]
+    assert skips.listed == [f"{file}:3: the answer does not stand in its context"]
+
+
+def test_data_comes_from_one_place(tmp_path):
+    for given in (
+        {},
+        {"folder": tmp_path, "tfds": tmp_path},
+        {"folder": tmp_path, "dev": tmp_path},
+    ):
+        with pytest.raises(ConfigError, match="give one of folder, tfds, or own files"):
+            TaskData(**given)
+    with pytest.raises(ConfigError, match="needs a file for split 'dev'"):
+        data = TaskData(train=tmp_path)
+        read_part("texts", data, Part(split="dev"), purpose="evaluate", skips=Skips())

@@ -1,0 +1,61 @@
+"""The command line: one clear sentence and status 2 for whatever a user gets wrong."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minilm_jax import __version__, cli
+
+EXPERIMENT = "experiments/quickstart.py"
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["distil"], "did you mean 'distill'?"),
+        (["distill"], "needs an experiment file"),
+        (["distill", "experiments/quickstrat.py"], "did you mean 'experiments/quickstart.py'?"),
+        (["distill", f"{EXPERIMENT}:confg"], "did you mean 'config'?"),
+        (["distill", EXPERIMENT, "--teacher.source", "./missing"], "./missing does not exist"),
+        (["distill", EXPERIMENT, "--student.num-attention-heads", "6"], "12 attention heads"),
+        (["distill", EXPERIMENT, "--batch.sequence-length", "2"], "sequence_length is 2"),
+    ],
+)
+def test_a_mistake_gets_a_sentence_and_status_2(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("minilm-jax: ")
+    assert "Traceback" not in error
+
+
+def test_an_unknown_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["distill", EXPERIMENT, "--train.stesp", "3"])
+    assert stop.value.code == 2
+    assert "--train.steps" in capsys.readouterr().err
+
+
+def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):
+    experiment = tmp_path / "other.py"
+    experiment.write_text("config = {'a': 1}\n")
+    assert cli.main(["distill", str(experiment)]) == 2
+    assert "gives a dict" in capsys.readouterr().err
+
+
+def test_help_is_instant_because_nothing_heavy_is_imported():
+    began = time.monotonic()
+    code = (
+        "import sys; from minilm_jax import cli; cli.main(['--help']); print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "distill EXPERIMENT" in done.stdout
+    assert done.stdout.endswith("False\n")
+    assert time.monotonic() - began < 10
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"

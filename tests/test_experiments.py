@@ -1,0 +1,135 @@
+"""Every experiment file: resolved, checked, traced at full size; one of each kind is run."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from minilm_jax.cli import load_experiment, parse
+from minilm_jax.distill.student import init_student, student_encoder_config
+from minilm_jax.encoder.encoder import init_params
+from minilm_jax.encoder.heads import MaskedLM
+from minilm_jax.jobs import distill
+from minilm_jax.jobs.distill import ChainConfig, DistillConfig
+from minilm_jax.train.optimizer import make_optimizer
+from minilm_jax.train.state import create_state
+from minilm_jax.train.step import make_step
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    str(path.relative_to(ROOT))
+    for room in ("minilm_v1", "minilm_v2", "baselines", "ablations")
+    for path in (ROOT / "experiments" / room).glob("*.py")
+)
+
+
+def stages(config):
+    return config.stages() if isinstance(config, ChainConfig) else (config,)
+
+
+def teacher_params(shape, heads):
+    params = {"encoder": init_params(jax.random.key(0), shape)}
+    if "mlm" in heads:
+        hidden = jnp.zeros((1, shape.hidden_size))
+        table = jnp.zeros((shape.vocab_size, shape.hidden_size))
+        params["mlm"] = MaskedLM(shape).init(jax.random.key(0), hidden, word_embeddings=table)[
+            "params"
+        ]
+    return params
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_an_experiment_resolves_and_traces_at_full_size(file):
+    """The whole step, with the paper's shapes, as shapes only: no memory, no weights."""
+    text = (ROOT / file).read_text()
+    assert f"minilm-jax distill {file}" in text
+    for config in stages(load_experiment(str(ROOT / file))):
+        assert isinstance(config, DistillConfig)
+        trace(config)
+
+
+def trace(config):
+    shape, objective = config.teacher.shape, config.objective
+    student = student_encoder_config(config.student, shape)
+    objective.check(shape, student)
+    optimizer = make_optimizer(
+        config.optimizer, steps=config.train.steps, undecayed=objective.unreached(student)
+    )
+
+    def start(frozen):
+        key = jax.random.key(0)
+        encoder = init_student(key, config.student, shape, frozen["encoder"])
+        extra = objective.new_params(key, shape, student)
+        return create_state({"encoder": encoder, **extra}, optimizer)
+
+    frozen = jax.eval_shape(lambda: teacher_params(shape, objective.teacher_heads()))
+    state = jax.eval_shape(start, frozen)
+    tokens = jax.ShapeDtypeStruct((2, config.batch.sequence_length), jnp.int32)
+    batch = {
+        "input_ids": tokens,
+        "segments": tokens,
+        "labels": tokens,
+        "rows": jax.ShapeDtypeStruct((2,), jnp.int32),
+    }
+    step = make_step(objective.make_loss(shape, student, config.compute), optimizer, seed=0)
+    after, metrics = jax.eval_shape(step, state, frozen, batch)
+    assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+    assert metrics["loss"].shape == ()
+
+
+def test_every_student_of_both_papers_has_a_file():
+    names = {Path(file).stem for file in FILES if "minilm_v" in file}
+    assert {f"bert_base_{n}x384" for n in (3, 4, 6)} <= names
+    assert {f"bert_base_{n}x384_assistant" for n in (3, 4, 6)} <= names
+    assert {"unilmv2_12x384", "unilmv2_6x384_assistant"} <= names
+    assert {"xlmr_base_12x384", "xlmr_base_6x384_assistant"} <= names
+    for teacher in ("bert_base", "bert_large", "roberta_large"):
+        assert {f"{teacher}_{s}" for s in ("6x768", "6x384", "12x384")} <= names
+    assert {"xlmr_large_12x384", "xlmr_large_6x384"} <= names
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "minilm_v1/bert_base_3x384_assistant",
+        pytest.param("minilm_v2/xlmr_large_6x384", marks=pytest.mark.slow),
+        pytest.param("minilm_v2/roberta_large_12x384", marks=pytest.mark.slow),
+        pytest.param("baselines/bert_base_6x768_distilbert", marks=pytest.mark.slow),
+        pytest.param("baselines/bert_base_6x384_mlm", marks=pytest.mark.slow),
+        pytest.param("baselines/bert_base_6x384_tinybert", marks=pytest.mark.slow),
+        pytest.param("baselines/bert_base_6x384_soft_labels", marks=pytest.mark.slow),
+        pytest.param("ablations/bert_base_6x384_value_mse", marks=pytest.mark.slow),
+        pytest.param("ablations/bert_base_6x384_layer_to_layer", marks=pytest.mark.slow),
+    ],
+)
+def test_a_smoke_variant_runs_to_its_student(file, tmp_path):
+    config = load_experiment(str(ROOT / "experiments" / f"{file}.py:smoke"))
+
+    def here(stage):
+        return dataclasses.replace(stage, output=tmp_path / stage.output)
+
+    if isinstance(config, ChainConfig):
+        config = ChainConfig(assistant=here(config.assistant), student=here(config.student))
+    else:
+        config = here(config)
+    result = distill.run(config, say=lambda _: None)
+    assert (Path(result.student) / "model.safetensors").exists()
+    assert all(abs(value) < 1e3 for value in result.heldout.values())
+
+
+def test_an_objective_of_ones_own_needs_one_file(tmp_path, tiny_teacher, text_file):
+    """experiments/own_objective.py, its options included, on a small teacher."""
+    options = ["--objective.weight", "2.0", "--output", str(tmp_path / "run")]
+    options += ["--teacher.source", str(tiny_teacher), "--teacher.sha256", "None"]
+    options += ["--text.source.format", "auto", "--text.source.paths", str(text_file)]
+    options += ["--text.heldout", "0.2", "--student.num-hidden-layers", "2"]
+    options += ["--student.hidden-size", "48", "--student.num-attention-heads", "4"]
+    options += ["--student.intermediate-size", "96", "--batch.batch-size", "8"]
+    options += ["--batch.sequence-length", "32", "--train.steps", "20"]
+    options += ["--optimizer.warmup-steps", "2", "--optimizer.learning-rate", "3e-3"]
+    job, config = parse("distill", [str(ROOT / "experiments" / "own_objective.py"), *options])
+    assert config.objective.weight == 2.0
+    result = job.run(config, say=lambda _: None)
+    assert result.heldout["after"] < 0.9 * result.heldout["before"]

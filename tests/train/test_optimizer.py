@@ -1,0 +1,58 @@
+"""Schedules and where weight decay applies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minilm_jax.errors import ConfigError
+from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+PARAMS = {
+    "layer_0": {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
+    "layer_1": {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
+    "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_decay_spares_biases_norms_and_what_the_loss_does_not_reach(name):
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5
+    )
+    optimizer = make_optimizer(config, steps=10, undecayed=[("layer_1",)])
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    assert (np.asarray(updates["layer_0"]["dense"]["kernel"]) < 0).all()
+    for path in (("layer_0", "dense", "bias"), ("layer_1", "dense", "kernel"), ("norm", "scale")):
+        leaf = updates
+        for part in path:
+            leaf = leaf[part]
+        np.testing.assert_array_equal(leaf, 0.0, err_msg=str(path))
+
+
+def test_linear_schedule_warms_up_from_zero_and_ends_at_zero():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
+    schedule = make_schedule(config, steps=12)
+    found = [float(schedule(step)) for step in range(13)]
+    expected = [0, 0.25, 0.5, 0.75, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ConfigError, match=r"warmup_steps=10 .* steps=5"):
+        make_schedule(OptimizerConfig(warmup_steps=10), steps=5)
+    with pytest.raises(ConfigError, match="learning_rate"):
+        OptimizerConfig(learning_rate=-1.0)
+
+
+def test_clipping_is_by_the_global_norm():
+    config = OptimizerConfig(
+        name="sgd", learning_rate=1.0, warmup_steps=0, schedule="constant", weight_decay=0.0
+    )
+    optimizer = make_optimizer(config, steps=1)
+    params = {"a": {"kernel": jnp.zeros(2)}, "b": {"kernel": jnp.zeros(1)}}
+    grads = {"a": {"kernel": jnp.array([3.0, 0.0])}, "b": {"kernel": jnp.array([4.0])}}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["a"]["kernel"], [-0.6, 0], atol=1e-6)
+    np.testing.assert_allclose(updates["b"]["kernel"], [-0.8], atol=1e-6)

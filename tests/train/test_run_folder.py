@@ -1,0 +1,75 @@
+"""A run's folder: continued when it is ours, refused with the reason when it is not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minilm_jax.errors import ConfigError
+from minilm_jax.train.run_folder import CONFIG, open_run
+
+CONFIG_A = {"steps": 10, "optimizer": {"learning_rate": 0.1, "b1": 0.9}, "layers": (1, 2)}
+
+
+def test_a_new_folder_keeps_its_config_and_is_continued(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    for _ in range(2):
+        with open_run(folder, CONFIG_A):
+            pass
+    assert json.loads((folder / CONFIG).read_text())["layers"] == [1, 2]
+
+
+def test_another_runs_folder_is_refused_with_every_difference(tmp_path):
+    with open_run(tmp_path, CONFIG_A):
+        pass
+    before = (tmp_path / CONFIG).read_text()
+    other = {"steps": 20, "optimizer": {"learning_rate": 0.2, "b1": 0.9}, "layers": (1, 2)}
+    with pytest.raises(ConfigError) as error, open_run(tmp_path, other):
+        pass
+    assert "steps: 10 -> 20" in str(error.value)
+    assert "optimizer.learning_rate: 0.1 -> 0.2" in str(error.value)
+    assert "b1" not in str(error.value)
+    assert (tmp_path / CONFIG).read_text() == before
+    with open_run(tmp_path, other, override=("steps", "optimizer.learning_rate")):
+        pass
+    assert json.loads((tmp_path / CONFIG).read_text())["steps"] == 20
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="not a run of ours"), open_run(tmp_path, CONFIG_A):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ConfigError, match="is a file"), open_run(tmp_path / "thesis.tex", CONFIG_A):
+        pass
+
+
+def test_a_broken_config_is_named(tmp_path):
+    (tmp_path / CONFIG).write_text("{half")
+    with (
+        pytest.raises(ConfigError, match=r"config\.json is not JSON"),
+        open_run(tmp_path, CONFIG_A),
+    ):
+        pass
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    code = (
+        "import sys, pathlib; from minilm_jax.train.run_folder import open_run\n"
+        "with open_run(pathlib.Path(sys.argv[1]), {}): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="in use"), open_run(tmp_path, {}):
+            pass
+        holder.stdin.close()
+        holder.wait()
+    with open_run(tmp_path, {}):
+        pass

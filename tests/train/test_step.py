@@ -1,0 +1,113 @@
+"""The step: its gradient is that of the global batch, however the batch is split."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ragged_problem import ROWS, make_problem, ragged_loss
+
+from minilm_jax.errors import ConfigError
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.state import create_state
+from minilm_jax.train.step import make_evaluation, make_step
+
+
+@pytest.fixture
+def problem():
+    return make_problem(steps=5)
+
+
+def train(problem, devices, **kwargs):
+    params, frozen, batches = problem
+    optimizer = optax.sgd(0.01)  # Adam would hide a constant factor in the gradient
+    step = devices.lift_step(make_step(ragged_loss, optimizer, seed=3, **kwargs))
+    state = devices.place(create_state(params, optimizer))
+    frozen = devices.place(frozen)
+    for batch in batches:
+        state, metrics = step(state, frozen, devices.place_batch(batch))
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def scale(state):
+    return np.abs(state.params["kernel"]).max()
+
+
+SPLITS = [
+    ("pmap", 8, 1, 1),
+    ("pmap", 2, 1, 4),
+    ("mesh", 8, 1, 1),
+    ("mesh", 8, 2, 1),
+    ("mesh", 8, 8, 2),
+]
+
+
+@pytest.mark.parametrize("lift,count,fsdp,accumulate", SPLITS)
+def test_any_split_equals_one_device(problem, lift, count, fsdp, accumulate):
+    expected, expected_metrics = train(problem, Devices("pmap", devices=jax.devices()[:1]))
+    devices = Devices(lift, fsdp=fsdp, devices=jax.devices()[:count])
+    found, metrics = train(problem, devices, accumulate=accumulate)
+    # Relative to the tensor: an element may come out near zero by cancellation.
+    np.testing.assert_allclose(
+        found.params["kernel"], expected.params["kernel"], rtol=0, atol=1e-6 * scale(expected)
+    )
+    for name in ("loss", "mean", "rare", "grad_norm", "per_column"):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
+    assert metrics["counts"]["rows"] == ROWS
+
+
+def test_one_step_is_the_hand_computed_one(problem):
+    """The update itself, by numpy: dropout off, plain SGD."""
+    params, frozen, batches = problem
+    optimizer = optax.sgd(0.1)
+
+    def loss(params, frozen, batch, key):
+        return ragged_loss(params, frozen, batch, None)
+
+    devices = Devices("pmap")
+    step = devices.lift_step(make_step(loss, optimizer, seed=0))
+    state = devices.place(create_state(params, optimizer))
+    state, _ = step(state, devices.place(frozen), devices.place_batch(batches[0]))
+    b = {name: value.astype(np.float64) for name, value in batches[0].items()}
+    w, t = params["kernel"].astype(np.float64), frozen["kernel"].astype(np.float64)
+    x = b["x"] @ w
+    gradient = b["x"].T @ (2 * (x - b["x"] @ t) * b["many"][:, None]) / b["many"].sum()
+    gradient += b["x"].T @ (np.sign(x) * b["few"][:, None]) / b["few"].sum()
+    np.testing.assert_allclose(state.params["kernel"], w - 0.1 * gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_adds_up_over_uneven_batches(problem):
+    params, frozen, batches = problem
+    devices = Devices("pmap")
+    evaluate = devices.lift_evaluation(make_evaluation(ragged_loss))
+    placed, teacher = devices.place(params), devices.place(frozen)
+    parts = [jax.device_get(evaluate(placed, teacher, devices.place_batch(b))) for b in batches]
+    whole = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    expected = ragged_loss(params, frozen, whole, None).value()
+    total = parts[0]
+    for part in parts[1:]:
+        total = jax.tree.map(np.add, total, part)
+    np.testing.assert_allclose(total.value(), expected, rtol=1e-5)
+
+
+def test_skip_leaves_parameters_and_optimizer_as_they_were(problem):
+    params, frozen, batches = problem
+    broken = {**batches[0], "x": np.full_like(batches[0]["x"], np.nan)}
+    state, metrics = train((params, frozen, [broken]), Devices("pmap"), nonfinite="skip")
+    np.testing.assert_array_equal(state.params["kernel"], params["kernel"])
+    assert not metrics["finite"]
+    assert state.step == 1
+
+
+def test_the_donated_state_does_not_take_the_callers_arrays_along(problem):
+    params, frozen, batches = problem
+    on_device = jax.tree.map(jnp.asarray, params)
+    train((on_device, frozen, batches), Devices("pmap"))
+    np.testing.assert_array_equal(on_device["kernel"], params["kernel"])
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_next_that_does():
+    with pytest.raises(ConfigError, match=r"batch_size=30 .* 8 devices .* 32"):
+        Devices("pmap").check_batch(30)
+    with pytest.raises(ConfigError, match="lift=mesh"):
+        Devices("pmap", fsdp=2)
