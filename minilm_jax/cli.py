@@ -47,7 +47,10 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run again to continue
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 something the user can mend, 75 stopped and saved."""
+    """Returns the exit status.
+
+    0 done, 2 something the user can mend, 75 stopped by SIGTERM and saved, 130 stopped by SIGINT.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())

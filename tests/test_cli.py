@@ -1,5 +1,6 @@
 """The command line: one clear sentence and status 2 for whatever a user gets wrong."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -7,6 +8,8 @@ import time
 import pytest
 
 from minilm_jax import __version__, cli
+from minilm_jax.jobs import convert
+from minilm_jax.train.loop import Stopped
 
 EXPERIMENT = "experiments/quickstart.py"
 
@@ -54,6 +57,16 @@ def test_help_is_instant_because_nothing_heavy_is_imported():
     assert "distill EXPERIMENT" in done.stdout
     assert done.stdout.endswith("False\n")
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("signum,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys, signum, status):
+    def stop(config):
+        raise Stopped("stopped after step 3, which is saved", signum)
+
+    monkeypatch.setattr(convert, "run", stop)
+    assert cli.main(["convert", "source", "target"]) == status
+    assert capsys.readouterr().err == "minilm-jax: stopped after step 3, which is saved\n"
 
 
 def test_the_version(capsys):

@@ -177,14 +177,16 @@ def _check_finite(pending: list[dict[str, Any]], done: int, config: TrainConfig)
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Yields a list that receives the first SIGTERM or SIGINT; the second one acts at once."""
+    """Yields a list that receives the first SIGTERM or SIGINT; a second one ends the process."""
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
 
     def receive(signum: int, _: Any) -> None:
         received.append(signum)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        # The system's own action: at once, whatever Python waits for. A save that it cuts short
+        # leaves the one before.
+        for number in previous:
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         try:

@@ -16,7 +16,7 @@ from ragged_problem import make_problem, ragged_loss
 
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.loop import TrainConfig, fit
+from minilm_jax.train.loop import Stopped, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
@@ -26,6 +26,7 @@ STAGES = ("before tmp", "during shards", "before commit", "before rotation", "du
 """Of a save, in the order in which they come."""
 STAGED_STEP, DELETED_STEP = 6, 2
 """The save that is killed at its stage, and the one it rotates out."""
+STALL, STALL_S = "stall", 60
 BALLAST = 3_000_000
 """Parameters that nothing but weight decay moves: with the optimizer's, 36 MB to save."""
 SECONDS_A_STEP = 0.02
@@ -43,12 +44,17 @@ def start_state():
 
 
 def train(folder: Path, cache: Path, stage: str | None = None) -> None:
-    """Trains to the end in one process; dies at `stage` of the save of STAGED_STEP, if told to."""
+    """Trains to the end; dies at a stage of the save of STAGED_STEP, or stalls every save.
+
+    Exits with the number of the signal where one stopped it.
+    """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if stage is not None:
+    if stage == STALL:
+        stall_commits()
+    elif stage is not None:
         die_at(stage, folder / "checkpoints")
     devices = one_device()
     state, frozen, batches, optimizer = start_state()
@@ -69,7 +75,10 @@ def train(folder: Path, cache: Path, stage: str | None = None) -> None:
             folder / "metrics.jsonl", steps=CONFIG.steps, first_step=first, stream=io.StringIO()
         )
 
-    with Checkpoints(folder / "checkpoints", keep=CONFIG.keep) as checkpoints:
+    with (
+        exit_when_stopped(),
+        Checkpoints(folder / "checkpoints", keep=CONFIG.keep) as checkpoints,
+    ):
         fit(
             devices.lift_step(make_step(ragged_loss, optimizer, seed=3)),
             state,
@@ -81,6 +90,24 @@ def train(folder: Path, cache: Path, stage: str | None = None) -> None:
             make_monitor=monitor,
             schedule=lambda step: 0.01,
         )
+
+
+@contextlib.contextmanager
+def exit_when_stopped():
+    try:
+        yield
+    except Stopped as stopped:
+        sys.exit(stopped.signum)
+
+
+def stall_commits() -> None:
+    """Makes the rename that ends a save wait for longer than anybody does."""
+
+    def watch(event, arguments):
+        if event == "os.rename" and "checkpoint-tmp" in os.fspath(arguments[0]):
+            time.sleep(STALL_S)
+
+    sys.addaudithook(watch)
 
 
 def die_at(stage: str, checkpoints: Path) -> None:

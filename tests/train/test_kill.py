@@ -1,6 +1,7 @@
-"""SIGKILL at random moments and at every stage of a save: the run ends bit for bit the same."""
+"""SIGKILL at random moments and at every stage of a save, SIGTERM, SIGINT: nothing is lost."""
 
 import multiprocessing
+import os
 import signal
 import time
 
@@ -10,6 +11,8 @@ import pytest
 from killed_run import (
     CONFIG,
     DELETED_STEP,
+    STALL,
+    STALL_S,
     STAGED_STEP,
     STAGES,
     one_device,
@@ -132,4 +135,43 @@ def test_a_kill_at_each_stage_of_a_save(tmp_path, whole, stage):
     (tmp_path / "starts").unlink()
     assert finish(start(tmp_path, cache)) == 0
     assert_resumed_from(tmp_path, latest)
+    assert_ended_as(whole, tmp_path)
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.is_alive()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_it_came_in(tmp_path, whole, signum):
+    cache = whole[0]
+    process = start(tmp_path, cache)
+    metrics = tmp_path / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+    os.kill(process.pid, signum)
+    assert finish(process) == signum
+    stopped_after = len(metrics.read_text().splitlines())
+    assert max(complete_steps(tmp_path)) == stopped_after < CONFIG.steps
+    (tmp_path / "starts").unlink()
+    assert finish(start(tmp_path, cache)) == 0
+    assert_resumed_from(tmp_path, stopped_after)
+    assert_ended_as(whole, tmp_path)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait_for_a_save(tmp_path, whole, signum):
+    cache = whole[0]
+    process = start(tmp_path, cache, STALL)
+    wait_for(lambda: unfinished_saves(tmp_path), process)
+    began = time.monotonic()
+    while process.is_alive():  # more than two, should two arrive as one
+        os.kill(process.pid, signum)
+        process.join(timeout=1)
+    assert time.monotonic() - began < STALL_S / 2
+    assert process.exitcode == -signum
+    (tmp_path / "starts").unlink()
+    assert finish(start(tmp_path, cache)) == 0
+    assert_resumed_from(tmp_path, 0)
     assert_ended_as(whole, tmp_path)
