@@ -11,10 +11,10 @@ import pytest
 from killed_run import (
     CONFIG,
     DELETED_STEP,
-    STALL,
-    STALL_S,
     STAGED_STEP,
     STAGES,
+    STALL,
+    STALL_S,
     one_device,
     start_state,
     train,
