@@ -9,21 +9,17 @@ on the device, or does not fit into memory, is marked so.
 """
 
 import argparse
-import datetime
 import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _report import RESULTS, machine
 
 from minilm_jax.distill.relations import Implementation, relation_kl
-
-RESULTS = Path(__file__).parent / "results"
 
 # (rows of the batch, tokens, relation heads) of teacher and student of width 384.
 SHAPES = [
@@ -132,26 +128,6 @@ def rows_of(shape: tuple[int, int, int], dtype: Any, *, seconds: float) -> list[
             f"| {memory} | {part_cell} | {program.compile_seconds:.1f} |"
         )
     return lines
-
-
-def machine() -> str:
-    """Returns the device, its host and the versions."""
-    device = jax.devices()[0]
-    name = device.device_kind
-    if device.platform == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        models = (
-            [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-            if cpuinfo.exists()
-            else []
-        )
-        model = models[0].split(":")[1].strip() if models else platform.processor()
-        name = f"{model}, {os.cpu_count()} cores"
-    load = os.getloadavg()[0]
-    return (
-        f"{name}; load average before the run {load:.1f}; "
-        f"jax {jax.__version__}, Python {platform.python_version()}; {datetime.date.today()}"
-    )
 
 
 def main() -> None:

@@ -1,0 +1,70 @@
+"""What every table of results says of the machine, and where tables are kept."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+# Where libtpu is installed without a chip it would ask the cloud's metadata server for one, for
+# minutes. The peers' processes inherit it.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(*packages: str) -> str:
+    """Returns the device, its host, the versions (of `packages` too) and the date."""
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        name = f"{_processor()}, {os.cpu_count()} cores"
+    versions = ", ".join(f"{package} {_version(package)}" for package in packages)
+    return (
+        f"{name}; load average before the run {os.getloadavg()[0]:.1f}; "
+        f"jax {jax.__version__}, {versions + ', ' if versions else ''}"
+        f"Python {platform.python_version()}; {datetime.date.today()}"
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line for line in lines if line.startswith("model name")]
+    return models[0].split(":")[1].strip() if models else platform.processor()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def spread(seconds: np.ndarray) -> str:
+    """Returns "median (minimum–maximum, n runs)" in milliseconds."""
+    low, middle, high = 1e3 * np.quantile(seconds, [0, 0.5, 1])
+    return f"{middle:,.0f} ({low:,.0f}–{high:,.0f}, {len(seconds)} runs)"
+
+
+def write_section(name: str, section: str, lines: list[str], *, title: str) -> None:
+    """Prints a section of a results file and puts it in the place of its last measurement.
+
+    Args:
+      name: of the file in benchmarks/results, without its ending.
+      section: heading of the section.
+      lines: its Markdown.
+      title: heading and introduction of the file.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.md"
+    found = re.split(r"^## ", path.read_text(), flags=re.M)[1:] if path.exists() else []
+    sections = dict(part.split("\n", 1) for part in found)
+    sections[section] = "\n" + "\n".join(lines) + "\n"
+    parts = [f"## {heading}\n\n{text.strip()}" for heading, text in sections.items()]
+    path.write_text("\n\n".join([title.strip(), *parts]) + "\n")
+    print(f"## {section}\n\n" + "\n".join(lines) + f"\n\nwrote {path}", flush=True)

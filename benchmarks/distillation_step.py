@@ -1,0 +1,130 @@
+"""The full distillation step, side by side with PyTorch's: time, memory, FLOPs a second.
+
+    pip install -e '.[torch]'
+    python benchmarks/distillation_step.py [--shapes 16x128x48 16x128x12 4x512x48]
+
+Teacher and student are BERTs of 6 layers × 384 with BERT's vocabulary, MiniLMv2's relations (Q·Q,
+K·K, V·V) of the last layer, dropout 0.1 in the student, clipping, AdamW: what `minilm-jax distill`
+runs. The peers (benchmarks/_torch_work.py) load the same weights, must give the same loss to 1e-4
+(dropout off) and run in turn. Writes benchmarks/results/distillation_step_cpu.md.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import _jax_work
+import _torch_work
+import numpy as np
+from _peers import Figures, Work, measure
+from _report import machine, spread, write_section
+from _setting import Setting
+from cost_model import STUDENT_6X384, distillation_cost
+
+from minilm_jax.encoder.config import EncoderConfig
+
+SHAPES = ("16x128x48", "16x128x12", "4x512x48")
+OURS, MATRIX_PRODUCT = "minilm_jax", "matrix product"
+SIZE = 2048
+"""Of the matrices whose product is the measure of the machine."""
+
+TITLE = """# The distillation step
+
+`python benchmarks/distillation_step.py` wrote this: teacher and student 6 × 384, 12 heads,
+vocabulary 30,522, MiniLMv2's three relations of the last layer, dropout 0.1, AdamW, fp32. Shapes
+are rows × tokens × relation heads. Medians (minimum–maximum) of runs in turn; *ours is faster* is
+the ratio of medians; *first* is the first step, compilation included; *memory* is the process's
+resident peak while it steps, libraries included; FLOPs are those of the model
+(benchmarks/cost_model.py), whatever a peer computes beside; the machine's rate is that of an fp32
+product of 2048 × 2048 matrices by XLA in the same turns.
+"""
+
+
+def peers(setting: Setting) -> dict[str, Callable[[], Work]]:
+    """Returns ours and the three of PyTorch."""
+    torch_step = partial(_torch_work.distillation_step, setting)
+    return {
+        OURS: partial(_jax_work.distillation_step, setting),
+        "PyTorch, as public code": partial(torch_step, style="eager", compiled=False),
+        "PyTorch, vectorised": partial(torch_step, style="vectorised", compiled=False),
+        "PyTorch, vectorised, torch.compile": partial(
+            torch_step, style="vectorised", compiled=True
+        ),
+    }
+
+
+def table(figures: dict[str, Figures], *, flops: int, rate: float) -> list[str]:
+    """Returns a table of the peers' figures.
+
+    Args:
+      figures: by name, ours first.
+      flops: model FLOPs of a step.
+      rate: the machine's FLOPs a second.
+    """
+    ours = figures[OURS]
+    lines = [
+        "| step | ms | ours is faster | first, s | memory, MiB | ours of it | GFLOP/s "
+        "| of the machine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, peer in figures.items():
+        if peer.why_not:
+            lines.append(f"| {name} | {peer.why_not} | – | – | – | – | – | – |")
+            continue
+        median = float(np.median(peer.seconds))
+        faster = f"{median / np.median(ours.seconds):.2f}×" if peer is not ours else "–"
+        part = f"{ours.peak / peer.peak:.0%}" if peer is not ours else "–"
+        lines.append(
+            f"| {name} | {spread(peer.seconds)} | {faster} | {peer.first:.1f} "
+            f"| {peer.peak / 2**20:,.0f} | {part} | {flops / median / 1e9:,.0f} "
+            f"| {flops / median / rate:.0%} |"
+        )
+    return lines
+
+
+def write_pair(folder: Path, teacher: EncoderConfig, student: EncoderConfig) -> tuple[Path, Path]:
+    """Returns the folders of a random teacher and student."""
+    return (
+        _jax_work.write_encoder(folder / "teacher", teacher, seed=0),
+        _jax_work.write_encoder(folder / "student", student, seed=1),
+    )
+
+
+def main() -> None:
+    """Measures the shapes and writes their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--seconds", type=float, default=60, help="of timing, for each shape")
+    options = parser.parse_args()
+    # Larger weights than at the start of training, so that the loss compared is not near 0.
+    shape = dataclasses.replace(STUDENT_6X384, initializer_range=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, student = write_pair(Path(folder), shape, shape)
+        for name in options.shapes:
+            batch, length, heads = map(int, name.split("x"))
+            setting = Setting(
+                teacher=teacher,
+                student=student,
+                teacher_layer=shape.num_hidden_layers,
+                batch=batch,
+                length=length,
+                heads=heads,
+            )
+            about = machine("torch", "transformers")
+            product = partial(_jax_work.matrix_product, SIZE)
+            figures = measure({**peers(setting), MATRIX_PRODUCT: product}, budget=options.seconds)
+            rate = 2 * SIZE**3 / float(np.median(figures.pop(MATRIX_PRODUCT).seconds))
+            cost = distillation_cost(shape, shape, batch=batch, length=length)
+            lines = [
+                f"{about}. The machine's matrix product: {rate / 1e9:,.0f} GFLOP/s.",
+                "",
+                *table(figures, flops=cost.flops, rate=rate),
+            ]
+            write_section("distillation_step_cpu", name, lines, title=TITLE)
+
+
+if __name__ == "__main__":
+    main()
