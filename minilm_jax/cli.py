@@ -8,7 +8,7 @@ import signal
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from minilm_jax import __version__
 from minilm_jax.errors import ConfigError, UserError
@@ -96,12 +96,15 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
         file, *arguments = arguments
         prog = f"{prog} {file}"
         experiment = load_experiment(file)
+        kinds: tuple[type, ...] = tuple(configs.values())
+        if command.experiment == "is its field run":
+            kinds = get_args(get_type_hints(config_class)["run"])
+        if not isinstance(experiment, kinds):
+            known = " or a ".join(kind.__name__ for kind in kinds)
+            raise ConfigError(f"{file} gives a {type(experiment).__name__}, not a {known}")
         if command.experiment == "is its field run":
             experiment = config_class(run=experiment)
         config_class = type(experiment)
-        if config_class.__name__ not in configs:
-            known = " or a ".join(configs)
-            raise ConfigError(f"{file} gives a {config_class.__name__}, not a {known}")
         default = {"default": experiment}
     config = tyro.cli(
         config_class, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), **default

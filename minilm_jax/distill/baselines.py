@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from minilm_jax.data.masking import NOT_PREDICTED, MaskingConfig
-from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params
+from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params, batch_counts
 from minilm_jax.distill.objectives import mean_squared_error, uniform_layers
 from minilm_jax.encoder.attention import Projections, segment_mask
 from minilm_jax.encoder.config import Compute, EncoderConfig
@@ -101,7 +101,7 @@ class VocabularyObjective(Objective):
                 name: Mean(total=weight * mean.total, count=mean.count)
                 for name, (weight, mean) in parts.items()
             }
-            return Loss(terms=terms, metrics={}, counts=_counts(batch))
+            return Loss(terms=terms, metrics={}, counts=batch_counts(batch))
 
         return loss
 
@@ -206,7 +206,7 @@ class TinyBertObjective(Objective):
                 ) - jax.lax.stop_gradient(scores)
                 squared = jnp.where(allowed[:, None], error**2, 0.0).mean(axis=1).sum()
                 terms[f"attention_{student_layer}"] = Mean(total=squared, count=pairs_of_tokens)
-            return Loss(terms=terms, metrics={}, counts=_counts(batch))
+            return Loss(terms=terms, metrics={}, counts=batch_counts(batch))
 
         return loss
 
@@ -340,7 +340,3 @@ def cosine(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[Array, "*n
     a, b = jax.lax.stop_gradient(a).astype(jnp.float32), b.astype(jnp.float32)
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-8)
-
-
-def _counts(batch: Batch) -> dict[str, Array]:
-    return {"tokens": jnp.sum(batch["segments"] > 0, dtype=jnp.float32)}

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from minilm_jax.data.masking import MaskingConfig
 from minilm_jax.encoder.config import Compute, EncoderConfig
@@ -53,3 +54,13 @@ class Objective:
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
         """Returns fresh parameters trained beside the encoder: heads, learned projections."""
         return {}
+
+
+def batch_counts(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Returns what a batch holds, for `Loss.counts`: tokens, and documents or pieces of them."""
+    segments = batch["segments"]
+    return {
+        "tokens": jnp.sum(segments > 0, dtype=jnp.float32),
+        # A row's segments are numbered from 1.
+        "documents": jnp.sum(segments.max(-1), dtype=jnp.float32),
+    }

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params, Path
+from minilm_jax.distill.objective import (
+    Batch,
+    LossFunction,
+    Objective,
+    Params,
+    Path,
+    batch_counts,
+)
 from minilm_jax.distill.relations import Implementation, relation_kl
 from minilm_jax.encoder.attention import Projections
 from minilm_jax.encoder.config import Compute, EncoderConfig
@@ -123,8 +130,7 @@ class RelationObjective(Objective):
                         segments=batch["segments"],
                         weight=self.value_mse,
                     )
-            tokens = jnp.sum(batch["segments"] > 0, dtype=jnp.float32)
-            return Loss(terms=terms, metrics=metrics, counts={"tokens": tokens})
+            return Loss(terms=terms, metrics=metrics, counts=batch_counts(batch))
 
         return loss
 

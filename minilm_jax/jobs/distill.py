@@ -33,6 +33,8 @@ from minilm_jax.errors import ConfigError
 from minilm_jax.reductions import Loss
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.flops import gradient_flops
+from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.hosts import join, wait_for_all, writes
 from minilm_jax.train.loop import TrainConfig, fit
 from minilm_jax.train.monitor import Monitor, plot_loss
@@ -197,6 +199,8 @@ class _Run:
     shape: EncoderConfig
     devices: Devices
     schedule: optax.Schedule
+    began: float
+    """Of `time.monotonic`."""
     say: Callable[[str], None]
 
     def finish(self) -> DistillResult:
@@ -212,7 +216,9 @@ class _Run:
                 )
             else:
                 self.say(_opening(config, self.teacher.config, self.shape, self.devices))
-                result = self._export(*self._train(), began)
+                goodput = Goodput(config.output / GOODPUT if writes() else None, began=self.began)
+                result = self._export(*self._train(goodput), began)
+                self.say(f"\ntime     {goodput.account()}")
             _summarise(result, config, self.say)
             return result
 
@@ -238,7 +244,19 @@ class _Run:
         wait_for_all("exported")
         return result
 
-    def _train(self) -> tuple[dict[str, Any], dict[str, float], Tokenizer]:
+    def _flops_of_a_batch(self) -> Callable[[Any], int]:
+        """Returns batch -> FLOPs of the model's matrix products in a step, over all devices."""
+        # What is computed twice to save memory is no work of the model.
+        compute = dataclasses.replace(self.config.compute, remat=False)
+        config = dataclasses.replace(self.config, compute=compute)
+
+        @functools.cache
+        def counted(length: int) -> int:
+            return step_flops(config, self.teacher, batch_shapes(config, length))
+
+        return lambda batch: counted(batch["input_ids"].shape[-1])
+
+    def _train(self, goodput: Goodput) -> tuple[dict[str, Any], dict[str, float], Tokenizer]:
         """Returns the trained parameters, the held-out figures and the tokenizer."""
         config, teacher, devices = self.config, self.teacher, self.devices
         tokenizer = _tokenizer(config, teacher)
@@ -259,11 +277,13 @@ class _Run:
             new = config.objective.new_params(other_key, teacher.config, self.shape)
             return {"encoder": encoder, **new}
 
+        goodput.lap("startup")
         # Functions of the config alone: a resumed run finds the same.
         figures = {"before": evaluate(start())}
         figures["untrained"] = evaluate(start(init="random", embeddings="random"))
         if _fits_in(self.shape, teacher.config):
             figures["copied"] = evaluate(start(init="teacher"))
+        goodput.lap("evaluation")
         optimizer = make_optimizer(
             config.optimizer,
             steps=config.train.steps,
@@ -291,16 +311,24 @@ class _Run:
                 devices=devices,
                 checkpoints=checkpoints,
                 make_monitor=lambda first: Monitor(
-                    config.output / METRICS, steps=config.train.steps, first_step=first
+                    config.output / METRICS,
+                    steps=config.train.steps,
+                    first_step=first,
+                    devices=devices.devices,
                 ),
                 schedule=self.schedule,
+                goodput=goodput,
+                flops=self._flops_of_a_batch(),
             )
         figures["after"] = evaluate(state.params)
+        goodput.lap("evaluation")
+        goodput.record(config.train.steps)
         return state.params, figures, tokenizer
 
 
 def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
     """Returns the run with everything checked that can be before its folder is touched."""
+    began = time.monotonic()
     if jax.process_count() > 1 and config.text.source is not None:
         raise ConfigError(
             "text.source is tokenised by one process: with several, make it once with "
@@ -322,7 +350,7 @@ def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
             f"{teacher.config.max_length} positions"
         )
     schedule = make_schedule(config.optimizer, steps=config.train.steps)
-    return _Run(config, teacher, shape, devices, schedule, say)
+    return _Run(config, teacher, shape, devices, schedule, began, say)
 
 
 def load_teacher(config: DistillConfig) -> Model:
@@ -446,6 +474,40 @@ def needed_params(teacher: Model, objective: Objective) -> dict[str, Any]:
     encoder = {name: x for name, x in teacher.params["encoder"].items() if name not in unused}
     heads = {name: teacher.params[name] for name in objective.teacher_heads()}
     return {"encoder": encoder, **heads}
+
+
+def batch_shapes(config: DistillConfig, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a global batch with rows of `length` tokens looks like."""
+    rows = config.batch.batch_size
+    names = ["input_ids", "segments"]
+    if config.objective.masking() is not None:
+        names.append("labels")
+    shapes = {name: jax.ShapeDtypeStruct((rows, length), np.int32) for name in names}
+    return shapes | {"rows": jax.ShapeDtypeStruct((rows,), np.int32)}
+
+
+def step_flops(config: DistillConfig, teacher: Model, batch: dict[str, Any]) -> int:
+    """Returns the FLOPs of the matrix products of a step, its relations written out.
+
+    Args:
+      config: of the run.
+      teacher: its parameters may be shapes.
+      batch: shapes of the global batch.
+    """
+    objective = config.objective
+    if isinstance(objective, RelationObjective):
+        # The others loop over blocks as far as the longest row, which a trace cannot know.
+        objective = dataclasses.replace(objective, implementation="reference")
+    shape = student_encoder_config(config.student, teacher.config)
+    loss = objective.make_loss(teacher.config, shape, config.compute)
+    key = jax.random.key(0)
+    student = jax.eval_shape(
+        lambda: (
+            {"encoder": init_params(key, shape)}
+            | dict(objective.new_params(key, teacher.config, shape))
+        )
+    )
+    return gradient_flops(loss, student, needed_params(teacher, objective), batch)
 
 
 def _fits_in(student: EncoderConfig, teacher: EncoderConfig) -> bool:

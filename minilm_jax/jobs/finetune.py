@@ -44,6 +44,7 @@ from minilm_jax.tasks.own import label_names
 from minilm_jax.tasks.tables import ResultRow, append_rows, mean_and_deviation, read_rows
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.loop import TrainConfig, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -293,12 +294,15 @@ class _Training:
         file = self.config.output / EVALUATIONS
         records: list[dict[str, Any]] = read_json(file) if file.exists() else []
         checkpoints = Checkpoints(self.config.output / "checkpoints", keep=2)
+        goodput = Goodput(self.config.output / GOODPUT)
         try:
             while not self._finished(records):
                 until = min(self.steps, (len(records) + 1) * self.every)
-                state = self._fit(until, checkpoints)
+                state = self._fit(until, checkpoints, goodput)
                 params = jax.device_get(state.params)
                 record = self._evaluate(int(state.step), params, selection)
+                goodput.lap("evaluation")
+                goodput.record(record["step"])
                 say(
                     f"step {record['step']:,}  {record['metric']} {record['selection']:.2f} on "
                     + ", ".join(record["scores"])
@@ -311,6 +315,7 @@ class _Training:
                 write_json(file, records)
         finally:
             checkpoints.close()
+        say(f"time {goodput.account()}")
         return {**max(records, key=lambda record: record["selection"]), "last": records[-1]["step"]}
 
     def _finished(self, records: Sequence[dict[str, Any]]) -> bool:
@@ -321,7 +326,7 @@ class _Training:
         patience = self.config.schedule.patience
         return records[-1]["step"] >= self.steps or bool(patience and waited >= patience)
 
-    def _fit(self, until: int, checkpoints: Checkpoints) -> Any:
+    def _fit(self, until: int, checkpoints: Checkpoints, goodput: Goodput) -> Any:
         """Returns the state after step `until`, from the latest checkpoint on."""
         schedule = self.config.schedule
         train = TrainConfig(
@@ -342,9 +347,13 @@ class _Training:
             devices=self.devices,
             checkpoints=checkpoints,
             make_monitor=lambda first: Monitor(
-                self.config.output / METRICS, steps=self.steps, first_step=first
+                self.config.output / METRICS,
+                steps=self.steps,
+                first_step=first,
+                devices=self.devices.devices,
             ),
             schedule=make_schedule(self.optimizer_config, steps=self.steps),
+            goodput=goodput,
         )
 
     def _batch(self, step: int) -> Any:

@@ -21,18 +21,18 @@ import tyro
 
 from minilm_jax.convert.model import Model
 from minilm_jax.distill.baselines import init_mlm
-from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.distill.student import init_student, student_encoder_config
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.distill import (
     ChainConfig,
     DistillConfig,
+    batch_shapes,
     load_teacher,
     needed_params,
+    step_flops,
 )
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.flops import count_flops
 from minilm_jax.train.hardware import GIB, known_chip, memory_limit, tpu_devices
 from minilm_jax.train.optimizer import make_optimizer
 from minilm_jax.train.state import create_state
@@ -131,7 +131,8 @@ def make_plan(config: DistillConfig, devices: Devices, *, hardware: str, efficie
     """Returns the plan of one run on devices that may be only described; compiles its step."""
     devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
     step, state, frozen, batch = abstract_step(config, devices)
-    flops = _step_flops(config)
+    shapes = batch_shapes(config, config.batch.sequence_length)
+    flops = step_flops(config, _described_teacher(config), shapes)
     refusal, memory, bytes_accessed = "", None, 0.0
     try:
         compiled = step.lower(state, frozen, batch).compile()
@@ -203,17 +204,8 @@ def abstract_step(config: DistillConfig, devices: Devices) -> tuple[Any, Any, An
         devices.lift_step(step),
         devices.abstract(state),
         devices.abstract(frozen),
-        devices.abstract_batch(_batch_shapes(config)),
+        devices.abstract_batch(batch_shapes(config, config.batch.sequence_length)),
     )
-
-
-def _batch_shapes(config: DistillConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    rows, length = config.batch.batch_size, config.batch.sequence_length
-    names = ["input_ids", "segments"]
-    if config.objective.masking() is not None:
-        names.append("labels")
-    shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
-    return shapes | {"rows": jax.ShapeDtypeStruct((rows,), jnp.int32)}
 
 
 def _described_teacher(config: DistillConfig) -> Model:
@@ -229,32 +221,6 @@ def _described_teacher(config: DistillConfig) -> Model:
         return {"encoder": init_params(key, shape), **heads}
 
     return Model(config=shape, params=jax.eval_shape(made))
-
-
-def _step_flops(config: DistillConfig) -> int:
-    """Returns the matrix products of a step over the whole batch, its relations written out."""
-    objective = config.objective
-    if isinstance(objective, RelationObjective):
-        # The others loop over blocks as far as the longest row, which a trace cannot know.
-        objective = dataclasses.replace(objective, implementation="reference")
-    teacher = _described_teacher(config)
-    shape = student_encoder_config(config.student, teacher.config)
-    loss = objective.make_loss(teacher.config, shape, config.compute)
-
-    def gradient(student: Any, frozen: Any, batch: Any) -> Any:
-        def total(student: Any) -> Any:
-            return loss(student, frozen, batch, jax.random.key(0)).value()
-
-        return jax.grad(total)(student)
-
-    key = jax.random.key(0)
-    student = jax.eval_shape(
-        lambda: (
-            {"encoder": init_params(key, shape)}
-            | dict(objective.new_params(key, teacher.config, shape))
-        )
-    )
-    return count_flops(gradient, student, needed_params(teacher, objective), _batch_shapes(config))
 
 
 def _memory(compiled: Any, state: Any, frozen: Any, batch: Any, devices: Devices) -> Memory:

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from minilm_jax.train.step import LossFunction
+
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Returns the operations of the matrix products in a call, 2·m·n·k for each.
@@ -19,6 +21,15 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
       arguments: arrays, or their shapes.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def gradient_flops(loss: LossFunction, params: Any, frozen: Any, batch: Any) -> int:
+    """Returns `count_flops` of a loss and its gradient, as a step computes them over the batch."""
+
+    def gradient(params: Any, frozen: Any, batch: Any) -> Any:
+        return jax.grad(lambda x: loss(x, frozen, batch, jax.random.key(0)).value())(params)
+
+    return count_flops(gradient, params, frozen, batch)
 
 
 def _of(jaxpr: core.Jaxpr) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import signal
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,8 +14,9 @@ import optax
 from minilm_jax.errors import ConfigError, UserError
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hosts import HostsConfig, any_process, writes
-from minilm_jax.train.monitor import Monitor
+from minilm_jax.train.monitor import Interval, Monitor
 from minilm_jax.train.state import TrainState
 
 
@@ -70,6 +70,8 @@ def fit(
     checkpoints: Checkpoints,
     make_monitor: Callable[[int], Monitor],
     schedule: optax.Schedule,
+    goodput: Goodput | None = None,
+    flops: Callable[[Any], int] | None = None,
 ) -> TrainState:
     """Returns the state after the last step, resuming from the latest checkpoint.
 
@@ -86,6 +88,8 @@ def fit(
       checkpoints: where it saves and resumes.
       make_monitor: opens the monitor at the resumed step.
       schedule: learning rate, for the log.
+      goodput: books where the time goes.
+      flops: of the matrix products of a step on a placed batch, over all devices; for the log.
 
     Raises:
       Stopped: SIGTERM or SIGINT arrived; everything up to the last finished step is saved.
@@ -94,26 +98,41 @@ def fit(
     restored = checkpoints.restore(state, devices.shardings(state))
     state = devices.place(state) if restored is None else restored
     first = int(state.step)
+    goodput = goodput or Goodput()
+    goodput.begin(first)
     if first >= config.steps:
         return state
     monitor = make_monitor(first) if writes() else None
     pending: list[dict[str, Any]] = []
-    waited = 0.0
+    timed, work = first, 0
     with _signals() as stop, batches(first) as stream:
         try:
             for done in range(first + 1, config.steps + 1):
-                began = time.monotonic()
                 batch = next(stream)
-                waited += time.monotonic() - began
+                starting = done == first + 1
+                if not starting:
+                    # A wait while the devices are still at the step before loses nothing.
+                    idle = not pending or pending[-1]["finite"].is_ready()
+                    goodput.lap("data" if idle else "training")
                 state, metrics = step(state, frozen, batch)
                 pending.append(metrics)
+                if flops and monitor is not None:
+                    work += flops(batch)
+                if starting:
+                    jax.block_until_ready(state)  # traced, compiled and run: no measure of speed
+                    timed, work = first + 1, 0
+                goodput.lap("startup" if starting else "training")
                 if done % config.log_every == 0 or done == config.steps:
-                    _report(monitor, done, pending, schedule, config, waited)
-                    pending, waited = [], 0.0
+                    _report(monitor, done, pending, schedule, config, goodput, done - timed, work)
+                    pending, timed, work = [], done, 0
                 stopping = _agree_to_stop(stop, done, config)
                 if done % config.save_every == 0 or done == config.steps or stopping:
                     _check_finite(pending, done, config)
+                    jax.block_until_ready(state)  # saving would wait, but waiting is not saving
+                    goodput.lap("training")
                     checkpoints.save(done, state)
+                    goodput.lap("checkpoints")
+                    goodput.record(done)
                 if stopping and done < config.steps:
                     # Another process may have had the signal.
                     signum = stop[0] if stop else signal.SIGTERM
@@ -126,6 +145,7 @@ def fit(
             if monitor is not None:
                 monitor.close()
             checkpoints.wait()
+            goodput.lap("checkpoints")
     return state
 
 
@@ -143,15 +163,19 @@ def _report(
     pending: list[dict[str, Any]],
     schedule: optax.Schedule,
     config: TrainConfig,
-    waited: float,
+    goodput: Goodput,
+    steps: int,
+    flops: int,
 ) -> None:
     """Fetches an interval's metrics; what is written is the last step's, a function of it alone."""
     fetched = jax.device_get(pending)
+    goodput.lap("training")
     _check_finite(fetched, done, config)
+    goodput.record(done)
     if monitor is None:
         return
     counts: dict[str, float] = defaultdict(float)
-    for metrics in fetched:
+    for metrics in fetched[len(fetched) - steps :]:
         for name, value in metrics["counts"].items():
             counts[name] += float(value)
     shown = {
@@ -160,7 +184,15 @@ def _report(
         if name not in ("counts", "finite")
     }
     shown["learning_rate"] = float(schedule(done - 1))
-    monitor.log(done, shown, counts, waited=waited)
+    spent = goodput.interval()
+    interval = Interval(
+        steps=steps,
+        counts=counts,
+        flops=flops,
+        seconds=spent["training"] + spent["data"],
+        waited=spent["data"],
+    )
+    monitor.log(done, shown, interval)
 
 
 def _check_finite(pending: list[dict[str, Any]], done: int, config: TrainConfig) -> None:

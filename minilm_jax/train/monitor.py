@@ -1,20 +1,45 @@
 """What a person sees of a run: metrics.jsonl, a progress bar or plain lines, a plot of the loss."""
 
+import dataclasses
 import io
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from minilm_jax.train.goodput import duration
+from minilm_jax.train.hardware import GIB, peak_flops, peak_memory
+
+SPEED = "speed.jsonl"
+_NOT_TERMS = ("loss", "grad_norm", "learning_rate")
+_TERMS_SHOWN = 6
+_SHORT_NAMES = {"tokens": "tok", "examples": "ex", "documents": "doc"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interval:
+    """The steps between two reports, without the one that was compiled."""
+
+    steps: int
+    counts: Mapping[str, float]
+    """Sums over the steps, such as tokens; shown per second."""
+    flops: int
+    """Of their matrix products, over all devices; 0 where not counted."""
+    seconds: float
+    """Spent on them, without checkpoints and evaluation."""
+    waited: float
+    """Those of the seconds that the devices had no batch; shown where they matter."""
+
 
 class Monitor:
     """Writes one JSON line per logged step and shows progress with speed and time left.
 
-    A bar on a terminal, plain lines elsewhere (a log file has no use for a bar).
+    A bar on a terminal, plain lines elsewhere (a log file has no use for a bar). How fast it went
+    is no function of the run: it is written to speed.jsonl beside the metrics, by every start in
+    turn.
     """
 
     def __init__(
@@ -23,21 +48,31 @@ class Monitor:
         *,
         steps: int,
         first_step: int,
+        devices: Sequence[Any] = (),
         stream: io.TextIOBase | None = None,
     ) -> None:
-        """Continues metrics.jsonl at `first_step`: rows of later steps, lost in a crash, go."""
+        """Continues metrics.jsonl at `first_step`: rows of later steps, lost in a crash, go.
+
+        Args:
+          metrics_path: the metrics.jsonl.
+          steps: of the whole run.
+          first_step: steps taken before.
+          devices: of the run, for memory and the share of their peak.
+          stream: where progress is shown; None is stderr.
+        """
         self._steps = steps
-        self._start = self._last_time = time.monotonic()
-        self._first = self._last_step = first_step
+        self._devices = devices
+        self._peak = peak_flops(devices) if devices else None
         self._truncate(metrics_path, first_step)
         self._file = metrics_path.open("a")
+        self._speed_file = metrics_path.with_name(SPEED).open("a")
         self._console = Console(file=cast(IO[str], stream)) if stream else Console(stderr=True)
         self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=12),
                 TextColumn("{task.fields[line]}"),
                 console=self._console,
             )
@@ -46,48 +81,54 @@ class Monitor:
             )
             self._progress.start()
 
-    def log(
-        self,
-        step: int,
-        metrics: Mapping[str, Any],
-        counts: Mapping[str, float],
-        *,
-        waited: float = 0.0,
-    ) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any], interval: Interval) -> None:
         """Records one step.
 
         Args:
           step: steps taken, including this one.
           metrics: scalars or lists; written to metrics.jsonl as they are. They must be functions of
             the run alone, so that a resumed run writes the same rows.
-          counts: sums since the last call, such as tokens; shown per second.
-          waited: seconds since the last call that the devices had no batch; shown where they
-            matter.
+          interval: the steps since the last call, for the speed.
         """
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        now = time.monotonic()
-        rates = {name: value / (now - self._last_time) for name, value in counts.items()}
-        elapsed = now - self._last_time
-        seconds_a_step = elapsed / max(step - self._last_step, 1)
-        self._last_time, self._last_step = now, step
-        left = (self._steps - step) * seconds_a_step
-        parts = [f"loss {metrics['loss']:.4f}"]
-        parts += [f"{_short(rate)} {name}/s" for name, rate in rates.items()]
-        if waited > 0.02 * elapsed:
-            parts.append(f"{waited / elapsed:.0%} waiting for data")
-        parts.append(f"{_duration(left)} left")
-        line = "  ".join(parts)
+        speed = self._speed(interval) if interval.steps else {}
+        if speed:
+            self._speed_file.write(json.dumps({"step": step, **speed}) + "\n")
+            self._speed_file.flush()
+        left = ""
+        if interval.steps:
+            seconds = (self._steps - step) * interval.seconds / interval.steps
+            left = f"{duration(seconds)} left"
+        self._show(step, _progress_line(metrics, speed), left)
+
+    def _speed(self, interval: Interval) -> dict[str, float]:
+        """Returns figures per second and shares, without those that are not known."""
+        seconds = interval.seconds
+        speed = {f"{name}_per_second": value / seconds for name, value in interval.counts.items()}
+        if interval.flops:
+            speed["flops_per_second"] = interval.flops / seconds
+            if self._peak is not None:
+                speed["mfu"] = speed["flops_per_second"] / self._peak
+        memory = peak_memory(self._devices)
+        if memory is not None:
+            speed["peak_memory_bytes"] = memory
+        return {**speed, "data_wait": interval.waited / seconds, "seconds": seconds}
+
+    def _show(self, step: int, line: str, left: str) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, line=line)
+            # A narrow terminal cuts the end off.
+            self._progress.update(self._task, completed=step, line=f"{left}  {line}".strip())
         else:
-            self._console.print(f"step {step}/{self._steps}  {line}", highlight=False)
+            text = f"step {step}/{self._steps}  {line}  {left}"
+            self._console.print(text.rstrip(), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Ends the bar and the file."""
+        """Ends the bar and the files."""
         if self._progress is not None:
             self._progress.stop()
         self._file.close()
+        self._speed_file.close()
 
     @staticmethod
     def _truncate(path: Path, step: int) -> None:
@@ -128,15 +169,39 @@ def plot_loss(metrics_path: Path, target: Path) -> bool:
     return True
 
 
+def _progress_line(metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
+    """Returns what fits one line of a terminal: the loss and its parts, and how fast it goes."""
+    terms = [
+        f"{name} {value:.3f}"
+        for name, value in metrics.items()
+        if isinstance(value, float) and name not in _NOT_TERMS
+    ]
+    if len(terms) > _TERMS_SHOWN:
+        terms = [*terms[:_TERMS_SHOWN], "…"]
+    loss = f"loss {metrics['loss']:.4f}"
+    parts = [f"{loss} ({' '.join(terms)})" if len(terms) > 1 else loss]
+    if "learning_rate" in metrics:
+        parts.append(f"lr {metrics['learning_rate']:.2g}")
+    if "grad_norm" in metrics:
+        parts.append(f"grad {metrics['grad_norm']:.2g}")
+    for name, value in speed.items():
+        match name.removesuffix("_per_second"):
+            case "flops":
+                parts.append(f"{_short(value)}FLOP/s")
+            case "mfu":
+                parts[-1] += f" {value:.0%} MFU"
+            case "peak_memory_bytes":
+                parts.append(f"{value / GIB:.1f} GiB")
+            case "data_wait" if value > 0.02:
+                parts.append(f"{value:.0%} waiting for data")
+            case count if count != name:
+                parts.append(f"{_short(value)} {_SHORT_NAMES.get(count, count)}/s")
+    return "  ".join(parts)
+
+
 def _short(value: float) -> str:
-    for unit in ("", "k", "M"):
+    for unit in ("", "k", "M", "G", "T"):
         if value < 1000:
             return f"{value:.3g}{unit}"
         value /= 1000
-    return f"{value:.3g}G"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return f"{value:.3g}P"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 import tyro
 
-from minilm_jax.cli import load_experiment
+from minilm_jax.cli import load_experiment, parse
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import plan
 from minilm_jax.jobs.plan import Memory, Plan, PlanConfig
@@ -139,6 +139,14 @@ def test_every_setting_of_the_run_is_an_option_of_the_plan():
     )
     assert config.hardware == "tpu-v5e-8"
     assert config.run.train.accumulate == 2
+
+
+def test_an_experiment_that_is_no_distillation_is_refused():
+    file = "finetune/" + next((EXPERIMENTS / "finetune").glob("*.py")).name
+    with pytest.raises(
+        ConfigError, match="gives a FinetuneConfig, not a DistillConfig or a ChainConfig"
+    ):
+        parse("plan", [str(EXPERIMENTS / file)])
 
 
 @needs_libtpu

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from minilm_jax.errors import UserError
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.checkpoint import Checkpoints, read_params
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.loop import Stopped, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor, plot_loss
 from minilm_jax.train.state import create_state
@@ -74,6 +76,8 @@ def run(folder, *, batches=batch_at, devices=None, on_batch=None, **config):
                 folder / "metrics.jsonl", steps=STEPS, first_step=first, stream=io.StringIO()
             ),
             schedule=lambda step: 0.01,
+            goodput=Goodput(folder / GOODPUT),
+            flops=lambda batch: 2 * batch["x"].size,
         )
     finally:
         checkpoints.close()
@@ -118,6 +122,28 @@ def test_a_crash_resumes_from_the_last_checkpoint_and_rewrites_the_lost_rows(tmp
     state = run(tmp_path)
     assert_same(state, whole[0])
     assert (tmp_path / "metrics.jsonl").read_text() == whole[1]
+
+
+def test_time_is_accounted_over_restarts(tmp_path):
+    """Step 10 was logged and 9 saved: the next start does one step again and pays for it."""
+
+    def crash(step):
+        time.sleep(0.02)
+        if step == 10:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, on_batch=crash)
+    run(tmp_path, on_batch=lambda step: time.sleep(0.02))
+    account = Goodput(tmp_path / GOODPUT).account()
+    assert account.starts == 2
+    assert account.seconds["data"] > 0.02 * 9
+    assert 0.02 <= account.seconds["recomputed"] < account.seconds["data"]
+    assert account.seconds["checkpoints"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert all(0.5 < row["data_wait"] <= 1 for row in rows[1:5])
+    assert all(row["flops_per_second"] > 0 for row in rows)
 
 
 def test_a_finished_run_takes_no_step(tmp_path, whole):
