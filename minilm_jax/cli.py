@@ -1,5 +1,6 @@
 """The command line: parse, call a job, print. Nothing else."""
 
+import errno
 import importlib
 import logging
 import os
@@ -42,6 +43,8 @@ COMMANDS = {
     "tokenizer": Command("tokenizer", ("TokenizerConfig",), "learn a new vocabulary"),
     "convert": Command("convert", ("ConvertConfig",), "carry a checkpoint in or out"),
 }
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""A file that cannot be written or read for the disk's sake, wherever it happens."""
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run again to continue
 
@@ -75,6 +78,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"minilm-jax: {where}{error.strerror}; mend the disk or make room, and run the same "
+            "command again",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     return 0
 
 
@@ -147,7 +160,8 @@ def _nearest(name: str, known: Any) -> str:
 def _quiet_libraries() -> None:
     """Keeps the terminal for the run's own lines, and compiled programs for the next run."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs kilobytes about what it then raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minilm_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

@@ -1,5 +1,6 @@
 """The command line: one clear sentence and status 2 for whatever a user gets wrong."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -67,6 +68,16 @@ def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys, signum, stat
     monkeypatch.setattr(convert, "run", stop)
     assert cli.main(["convert", "source", "target"]) == status
     assert capsys.readouterr().err == "minilm-jax: stopped after step 3, which is saved\n"
+
+
+def test_a_full_disk_is_told_in_a_sentence(monkeypatch, capsys):
+    def fill(config):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(convert, "run", fill)
+    assert cli.main(["convert", "source", "target"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("minilm-jax: metrics.jsonl: No space left on device; mend the disk")
 
 
 def test_the_version(capsys):

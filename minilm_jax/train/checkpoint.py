@@ -1,17 +1,22 @@
-"""Checkpoints of the training state: asynchronous, the latest few, never half a one."""
+"""Checkpoints of the training state: asynchronous, the latest few, never half or a changed one."""
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from minilm_jax.errors import CheckpointError
+from minilm_jax.train.hosts import any_process, wait_for_all, writes
 from minilm_jax.train.state import TrainState
 
+CHECKSUMS = "checksums"
 log = logging.getLogger(__name__)
 
 
@@ -19,21 +24,46 @@ class Checkpoints:
     """The checkpoints of one run, in one folder, written by Orbax.
 
     Orbax commits a step by renaming its finished folder, so a killed save leaves only a temporary
-    folder, removed at the next start. A step that cannot be read back is set aside with a warning
-    and the one before it is used.
+    folder, removed at the next start. Each holds checksums of its arrays beside them. A step that
+    cannot be read back as it was written is set aside with a warning and the one before it is used.
+
+    Where the run has several processes, all of them call each method, and share the folder.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         """Opens or creates the folder."""
         self.folder = folder.absolute()  # Orbax fails on relative paths, late and from a thread.
-        self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        self._keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def check_space(self, state: TrainState) -> None:
+        """Raises CheckpointError unless the disk has room for all states the run will keep.
+
+        One more than is kept, because the oldest goes only when the newest is complete.
+        """
+        each = sum(x.nbytes for x in jax.tree.leaves(state))
+        needed = each * max(self._keep + 1 - len(self._manager.all_steps()), 0)
+        free = shutil.disk_usage(self.folder).free
+        if any_process(needed > free):
+            raise CheckpointError(
+                f"{self.folder}: checkpoints of this run need {needed / 1e9:.3g} GB and the disk "
+                f"has {free / 1e9:.3g} GB free; make room, or keep fewer with train.keep"
+            )
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts writing the state of `step`; returns once it is copied, not once it is written."""
-        saved = self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Starts writing the state of `step`; returns once it is copied, not once it is written.
+
+        Raises:
+          CheckpointError: this save cannot begin, or the one before has failed.
+        """
+        with self._explained():
+            saved = self._manager.save(step, args=ocp.args.StandardSave(_sealed(state)))
         if not saved:
             # Orbax returns False, silently, for a step at or before the latest.
             raise CheckpointError(
@@ -50,28 +80,64 @@ class Checkpoints:
         Args:
           state: a state of the right structure, shapes and dtypes; its values are not read.
           shardings: a tree of shardings like `state`.
+
+        Raises:
+          CheckpointError: there are checkpoints and none of them is readable.
         """
         target = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             state,
             shardings,
         )
+        begun = self._manager.latest_step() is not None
         while (step := self._manager.latest_step()) is not None:
-            try:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-            except Exception as error:
-                # Orbax raises bare Exceptions with kilobytes of text: one line is enough.
-                first_line = str(error).strip().partition("\n")[0][:200]
-                self._set_aside(step, first_line)
+            read, damage = self._read(step, target)
+            if not any_process(read is None):
+                damage = _difference(read)
+                if not damage:
+                    return TrainState(**{name: read[name] for name in TrainState._fields})
+            self._set_aside(step, damage or "by another process")
+        if begun:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint can be read, see the warnings above; they were kept "
+                "there as unreadable-STEP, and the next start begins anew"
+            )
         return None
 
+    def _read(self, step: int, target: TrainState) -> tuple[Any, str]:
+        """Returns what the step holds, or None and why it cannot be read."""
+        mine = jax.process_index()
+        # Alone: a process that fails must not leave the others waiting for it inside Orbax.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process{mine}"
+        )
+        options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+        sums = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.step.sharding),
+            jax.eval_shape(_checksums, target._asdict()),
+        )
+        try:
+            with ocp.CheckpointManager(self.folder, options=options) as manager:
+                return manager.restore(
+                    step, args=ocp.args.StandardRestore({**target._asdict(), CHECKSUMS: sums})
+                ), ""
+        except Exception as error:
+            return None, _first_line(error)
+
+    def check(self) -> None:
+        """Raises CheckpointError where the last save has failed; waits for none that runs."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Returns once every started save is complete."""
-        self._manager.wait_until_finished()
+        """Returns once every started save is complete; CheckpointError where one has failed."""
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for running saves and closes the folder."""
-        self._manager.close()
+        with self._explained():
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -79,7 +145,19 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); those "
+                "before it are intact: make sure that the disk has room and can be written to, "
+                "and run the same command to continue"
+            ) from error
+
     def _set_aside(self, step: int, reason: str) -> None:
+        """Moves a step out of the way; one process does, the others wait for it."""
         source, target = self.folder / str(step), self.folder / f"unreadable-{step}"
         log.warning(
             "checkpoint of step %d cannot be read (%s); moved to %s, trying the one before",
@@ -88,9 +166,50 @@ class Checkpoints:
             target,
         )
         self._manager.close()
-        shutil.rmtree(target, ignore_errors=True)
-        source.rename(target)
-        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        if writes():
+            shutil.rmtree(target, ignore_errors=True)
+            source.rename(target)
+        wait_for_all(f"set aside {step}")
+        self._manager = self._open()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def _sealed(state: TrainState) -> dict[str, Any]:
+    """Returns what is written: the state, and beside it the checksum of each array."""
+    return {**state._asdict(), CHECKSUMS: _checksums(state._asdict())}
+
+
+def _difference(read: dict[str, Any]) -> str:
+    """Returns which array is not what was written, "" where all are."""
+    arrays = {name: value for name, value in read.items() if name != CHECKSUMS}
+    found, written = jax.device_get((_checksums(arrays), read[CHECKSUMS]))
+    for (path, now), then in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(written), strict=True
+    ):
+        if now != then:
+            return f"{jax.tree_util.keystr(path)} has a wrong checksum"
+    return ""
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    """Returns for each array a sum modulo 2³² of its bits, the same on any devices.
+
+    Orbax's files of arrays have none of their own: a flipped bit would pass for a parameter. The
+    weights are odd, so that no change of a single element leaves the sum as it was.
+    """
+
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        position = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            position = position * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits.astype(jnp.uint32) * (2 * position + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, tree)
 
 
 def read_params(folder: Path, params: Any) -> Any:
@@ -105,10 +224,14 @@ def read_params(folder: Path, params: Any) -> Any:
         if step is None:
             raise CheckpointError(f"{folder} holds no complete checkpoint")
         target = {"params": params}
+        target[CHECKSUMS] = jax.eval_shape(_checksums, target)
         # As numpy: where they go is the caller's business, not the saving run's.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-        restored = manager.restore(
+        read = manager.restore(
             step,
             args=ocp.args.PyTreeRestore(target, restore_args=as_numpy, partial_restore=True),
         )
-        return restored["params"]
+    damage = _difference(read)
+    if damage:
+        raise CheckpointError(f"{folder}, step {step}: {damage}")
+    return read["params"]

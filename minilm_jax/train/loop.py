@@ -94,6 +94,7 @@ def fit(
     Raises:
       Stopped: SIGTERM or SIGINT arrived; everything up to the last finished step is saved.
       UserError: the loss is not finite and config.nonfinite is "stop".
+      CheckpointError: the disk has no room, a save has failed, or no checkpoint can be read.
     """
     restored = checkpoints.restore(state, devices.shardings(state))
     state = devices.place(state) if restored is None else restored
@@ -102,6 +103,7 @@ def fit(
     goodput.begin(first)
     if first >= config.steps:
         return state
+    checkpoints.check_space(state)
     monitor = make_monitor(first) if writes() else None
     pending: list[dict[str, Any]] = []
     timed, work = first, 0
@@ -123,6 +125,7 @@ def fit(
                     timed, work = first + 1, 0
                 goodput.lap("startup" if starting else "training")
                 if done % config.log_every == 0 or done == config.steps:
+                    checkpoints.check()
                     _report(monitor, done, pending, schedule, config, goodput, done - timed, work)
                     pending, timed, work = [], done, 0
                 stopping = _agree_to_stop(stop, done, config)

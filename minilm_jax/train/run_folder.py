@@ -29,7 +29,7 @@ def open_run(
 
     Raises:
       ConfigError: the folder is another run's (the differences are listed), belongs to something
-        else, or is in use.
+        else, is in use, or cannot be written to.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file, not a folder")
@@ -39,8 +39,14 @@ def open_run(
             f"output {folder} is not empty and holds no {CONFIG}: it is not a run of ours; "
             "choose another --output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"output {folder} cannot be written to ({error.strerror}); choose another --output"
+        ) from None
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,12 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
         holder.wait()
     with open_run(tmp_path, {}):
         pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    """A file where a folder should be, and a file system that nobody may write to."""
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", Path("/proc/run")):
+        refused = pytest.raises(ConfigError, match=r"cannot be written to \(.*\); choose another")
+        with refused, open_run(folder, CONFIG_A):
+            pass
