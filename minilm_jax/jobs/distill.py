@@ -39,6 +39,7 @@ from minilm_jax.train.hosts import join, wait_for_all, writes
 from minilm_jax.train.loop import TrainConfig, fit
 from minilm_jax.train.monitor import Monitor, plot_loss
 from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from minilm_jax.train.profile import PROFILE, Profile
 from minilm_jax.train.run_folder import (
     METRICS,
     RESULT,
@@ -49,6 +50,7 @@ from minilm_jax.train.run_folder import (
 )
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation, make_step
+from minilm_jax.train.trackers import check_trackers, open_trackers
 
 PLOT, STUDENT = "loss.png", "student"
 EXPORTED_HEADS = ("mlm",)
@@ -315,10 +317,19 @@ class _Run:
                     steps=config.train.steps,
                     first_step=first,
                     devices=devices.devices,
+                    trackers=open_trackers(
+                        config.train.trackers,
+                        config.output,
+                        config=describe(config, teacher),
+                        first_step=first,
+                    ),
                 ),
                 schedule=self.schedule,
                 goodput=goodput,
                 flops=self._flops_of_a_batch(),
+                profile=Profile(config.train.profile, config.output / PROFILE)
+                if writes()
+                else None,
             )
         figures["after"] = evaluate(state.params)
         goodput.lap("evaluation")
@@ -329,6 +340,7 @@ class _Run:
 def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
     """Returns the run with everything checked that can be before its folder is touched."""
     began = time.monotonic()
+    check_trackers(config.train.trackers)
     if jax.process_count() > 1 and config.text.source is not None:
         raise ConfigError(
             "text.source is tokenised by one process: with several, make it once with "
@@ -452,10 +464,11 @@ def _evaluator(
 def describe(config: DistillConfig, teacher: Model) -> dict[str, Any]:
     """Returns the resolved config as JSON, with the teacher's fingerprint beside it."""
     plain = _jsonable(dataclasses.asdict(config))
-    # Where a run lies and which changes it forgives is not what it is.
+    # Where a run lies, who watches it and which changes it forgives is not what it is.
     for name in ("override", "output"):
         plain.pop(name)
-    plain["train"].pop("hosts")
+    for name in ("hosts", "trackers", "profile"):
+        plain["train"].pop(name)
     return {**plain, "fingerprints": {"teacher": teacher.fingerprint}}
 
 

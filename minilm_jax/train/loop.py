@@ -17,7 +17,9 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hosts import HostsConfig, any_process, writes
 from minilm_jax.train.monitor import Interval, Monitor
+from minilm_jax.train.profile import Profile
 from minilm_jax.train.state import TrainState
+from minilm_jax.train.trackers import TrackerName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,10 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Where else the metrics go; each is an extra to install."""
+    profile: tuple[int, int] | None = None
+    """(first step, number of steps) to trace into OUTPUT/profile."""
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
     """The processes of the run; not part of what it computes."""
 
@@ -49,6 +55,11 @@ class TrainConfig:
         for name in ("steps", "accumulate", "fsdp", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.profile is not None and min(self.profile) < 1:
+            raise ConfigError(
+                "train.profile is (first step from 1, number of steps), got "
+                f"{' '.join(map(str, self.profile))}"
+            )
 
 
 class Stopped(UserError):  # noqa: N818 - an outcome, not a fault
@@ -72,6 +83,7 @@ def fit(
     schedule: optax.Schedule,
     goodput: Goodput | None = None,
     flops: Callable[[Any], int] | None = None,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Returns the state after the last step, resuming from the latest checkpoint.
 
@@ -90,6 +102,7 @@ def fit(
       schedule: learning rate, for the log.
       goodput: books where the time goes.
       flops: of the matrix products of a step on a placed batch, over all devices; for the log.
+      profile: traces some steps.
 
     Raises:
       Stopped: SIGTERM or SIGINT arrived; everything up to the last finished step is saved.
@@ -116,8 +129,12 @@ def fit(
                     # A wait while the devices are still at the step before loses nothing.
                     idle = not pending or pending[-1]["finite"].is_ready()
                     goodput.lap("data" if idle else "training")
+                if profile is not None:
+                    profile.before(done)
                 state, metrics = step(state, frozen, batch)
                 pending.append(metrics)
+                if profile is not None:
+                    profile.after(done, metrics)
                 if flops and monitor is not None:
                     work += flops(batch)
                 if starting:
@@ -147,6 +164,8 @@ def fit(
         finally:
             if monitor is not None:
                 monitor.close()
+            if profile is not None:
+                profile.close()
             checkpoints.wait()
             goodput.lap("checkpoints")
     return state

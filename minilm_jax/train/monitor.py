@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from minilm_jax.train.goodput import duration
 from minilm_jax.train.hardware import GIB, peak_flops, peak_memory
+from minilm_jax.train.trackers import Tracker
 
 SPEED = "speed.jsonl"
 _NOT_TERMS = ("loss", "grad_norm", "learning_rate")
@@ -49,6 +50,7 @@ class Monitor:
         steps: int,
         first_step: int,
         devices: Sequence[Any] = (),
+        trackers: Sequence[Tracker] = (),
         stream: io.TextIOBase | None = None,
     ) -> None:
         """Continues metrics.jsonl at `first_step`: rows of later steps, lost in a crash, go.
@@ -58,9 +60,11 @@ class Monitor:
           steps: of the whole run.
           first_step: steps taken before.
           devices: of the run, for memory and the share of their peak.
+          trackers: where else metrics and speed are shown; closed with the monitor.
           stream: where progress is shown; None is stderr.
         """
         self._steps = steps
+        self._trackers = trackers
         self._devices = devices
         self._peak = peak_flops(devices) if devices else None
         self._truncate(metrics_path, first_step)
@@ -96,6 +100,9 @@ class Monitor:
         if speed:
             self._speed_file.write(json.dumps({"step": step, **speed}) + "\n")
             self._speed_file.flush()
+        for tracker in self._trackers:
+            speeds = {f"speed/{name}": value for name, value in speed.items()}
+            tracker.log(step, {**metrics, **speeds})
         left = ""
         if interval.steps:
             seconds = (self._steps - step) * interval.seconds / interval.steps
@@ -124,11 +131,13 @@ class Monitor:
             self._console.print(text.rstrip(), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Ends the bar, the files and the trackers."""
         if self._progress is not None:
             self._progress.stop()
         self._file.close()
         self._speed_file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     @staticmethod
     def _truncate(path: Path, step: int) -> None:

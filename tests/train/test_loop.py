@@ -21,6 +21,7 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.loop import Stopped, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor, plot_loss
+from minilm_jax.train.profile import Profile
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
 
@@ -78,6 +79,7 @@ def run(folder, *, batches=batch_at, devices=None, on_batch=None, **config):
             schedule=lambda step: 0.01,
             goodput=Goodput(folder / GOODPUT),
             flops=lambda batch: 2 * batch["x"].size,
+            profile=Profile(config.profile, folder / "profile"),
         )
     finally:
         checkpoints.close()
@@ -144,6 +146,20 @@ def test_time_is_accounted_over_restarts(tmp_path):
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert all(0.5 < row["data_wait"] <= 1 for row in rows[1:5])
     assert all(row["flops_per_second"] > 0 for row in rows)
+
+
+def test_a_profile_is_a_file_and_changes_nothing(tmp_path, whole):
+    assert_same(run(tmp_path, profile=(5, 2)), whole[0])
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profiler_that_fails_is_a_warning(tmp_path, whole, monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("only one profile may be run at a time")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", refuse)
+    assert_same(run(tmp_path, profile=(5, 2)), whole[0])
+    assert "no profile of this run (only one profile" in caplog.text
 
 
 def test_a_finished_run_takes_no_step(tmp_path, whole):
