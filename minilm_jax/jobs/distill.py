@@ -38,7 +38,12 @@ from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.hosts import join, wait_for_all, writes
 from minilm_jax.train.loop import TrainConfig, fit
 from minilm_jax.train.monitor import Monitor, plot_loss
-from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from minilm_jax.train.optimizer import (
+    OptimizerConfig,
+    evaluated_params,
+    make_optimizer,
+    make_schedule,
+)
 from minilm_jax.train.profile import PROFILE, Profile
 from minilm_jax.train.run_folder import (
     METRICS,
@@ -331,10 +336,11 @@ class _Run:
                 if writes()
                 else None,
             )
-        figures["after"] = evaluate(state.params)
+        params = evaluated_params(state, config.optimizer)
+        figures["after"] = evaluate(params)
         goodput.lap("evaluation")
         goodput.record(config.train.steps)
-        return state.params, figures, tokenizer
+        return params, figures, tokenizer
 
 
 def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:

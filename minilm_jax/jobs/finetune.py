@@ -47,7 +47,12 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.loop import TrainConfig, fit
 from minilm_jax.train.monitor import Monitor
-from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from minilm_jax.train.optimizer import (
+    OptimizerConfig,
+    evaluated_params,
+    make_optimizer,
+    make_schedule,
+)
 from minilm_jax.train.run_folder import METRICS, RESULT, open_run, read_json, write_json
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
@@ -299,7 +304,7 @@ class _Training:
             while not self._finished(records):
                 until = min(self.steps, (len(records) + 1) * self.every)
                 state = self._fit(until, checkpoints, goodput)
-                params = jax.device_get(state.params)
+                params = jax.device_get(evaluated_params(state, self.optimizer_config))
                 record = self._evaluate(int(state.step), params, selection)
                 goodput.lap("evaluation")
                 goodput.record(record["step"])

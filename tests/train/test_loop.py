@@ -21,11 +21,13 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.loop import Stopped, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor, plot_loss
+from minilm_jax.train.optimizer import with_average
 from minilm_jax.train.profile import Profile
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
 
 STEPS = 12
+ADAM = optax.adamw(0.01)
 
 
 def loss(params, frozen, batch, key):
@@ -46,11 +48,11 @@ def batch_at(step):
     }
 
 
-def run(folder, *, batches=batch_at, devices=None, on_batch=None, **config):
+def run(folder, *, batches=batch_at, devices=None, on_batch=None, optimizer=ADAM, **config):
     """One start of the run in `folder`; returns its final state."""
     devices = devices or Devices("pmap", devices=jax.devices()[:1])
+    folder.mkdir(exist_ok=True)
     config = TrainConfig(**{"steps": STEPS, "log_every": 2, "save_every": 3, **config})
-    optimizer = optax.adamw(0.01)
 
     @contextlib.contextmanager
     def stream(first):
@@ -88,7 +90,6 @@ def run(folder, *, batches=batch_at, devices=None, on_batch=None, **config):
 @pytest.fixture
 def whole(tmp_path):
     folder = tmp_path / "whole"
-    folder.mkdir()
     return run(folder), (folder / "metrics.jsonl").read_text()
 
 
@@ -146,6 +147,21 @@ def test_time_is_accounted_over_restarts(tmp_path):
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert all(0.5 < row["data_wait"] <= 1 for row in rows[1:5])
     assert all(row["flops_per_second"] > 0 for row in rows)
+
+
+def test_an_average_of_the_parameters_is_resumed_too(tmp_path):
+    optimizer = with_average(ADAM, 0.9)
+
+    def stop(step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    expected = run(tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", optimizer=optimizer, on_batch=stop)
+    state = run(tmp_path / "stopped", optimizer=optimizer)
+    assert state.opt_state.average.count == STEPS
+    assert_same(state, expected)
 
 
 def test_a_profile_is_a_file_and_changes_nothing(tmp_path, whole):

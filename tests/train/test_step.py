@@ -9,6 +9,7 @@ from ragged_problem import ROWS, make_problem, ragged_loss
 
 from minilm_jax.errors import ConfigError
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.optimizer import OptimizerConfig, evaluated_params, make_optimizer
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation, make_step
 
@@ -18,9 +19,11 @@ def problem():
     return make_problem(steps=5)
 
 
-def train(problem, devices, **kwargs):
+SGD = optax.sgd(0.01)  # Adam would hide a constant factor in the gradient
+
+
+def train(problem, devices, optimizer=SGD, **kwargs):
     params, frozen, batches = problem
-    optimizer = optax.sgd(0.01)  # Adam would hide a constant factor in the gradient
     step = devices.lift_step(make_step(ragged_loss, optimizer, seed=3, **kwargs))
     state = devices.place(create_state(params, optimizer))
     frozen = devices.place(frozen)
@@ -97,6 +100,54 @@ def test_skip_leaves_parameters_and_optimizer_as_they_were(problem):
     np.testing.assert_array_equal(state.params["kernel"], params["kernel"])
     assert not metrics["finite"]
     assert state.step == 1
+
+
+AVERAGED = OptimizerConfig(
+    name="sgd",
+    learning_rate=0.01,
+    warmup_steps=0,
+    schedule="constant",
+    weight_decay=0.0,
+    clip_norm=0.0,
+    ema_decay=0.7,
+)
+
+
+@pytest.mark.parametrize("lift,fsdp,accumulate", [("pmap", 1, 1), ("mesh", 4, 1), ("pmap", 1, 2)])
+def test_the_average_is_that_of_the_parameters_after_each_step(problem, lift, fsdp, accumulate):
+    params, frozen, batches = problem
+    devices = Devices(lift, fsdp=fsdp)
+    optimizer = make_optimizer(AVERAGED, steps=5)
+    seen = []
+    for steps in range(1, 6):
+        state, _ = train(
+            (params, frozen, batches[:steps]), devices, optimizer, accumulate=accumulate
+        )
+        seen.append(state.params["kernel"])
+    weights = 0.7 ** np.arange(4, -1, -1)
+    expected = np.average(seen, axis=0, weights=weights)
+    found = evaluated_params(state, AVERAGED)["kernel"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    # It does not change the training itself.
+    plain, _ = train(problem, devices, accumulate=accumulate)
+    np.testing.assert_array_equal(state.params["kernel"], plain.params["kernel"])
+
+
+def test_a_skipped_step_leaves_the_average_as_it_was(problem):
+    params, frozen, batches = problem
+    broken = {**batches[0], "x": np.full_like(batches[0]["x"], np.nan)}
+    optimizer = make_optimizer(AVERAGED, steps=5)
+
+    def averaged(batches):
+        state, _ = train((params, frozen, batches), Devices(), optimizer, nonfinite="skip")
+        return state.opt_state.average, evaluated_params(state, AVERAGED)["kernel"]
+
+    never, start = averaged([broken])
+    assert never.count == 0
+    np.testing.assert_array_equal(start, params["kernel"])
+    once, found = averaged([batches[0], broken])
+    assert once.count == 1
+    np.testing.assert_array_equal(found, averaged(batches[:1])[1])
 
 
 def test_the_donated_state_does_not_take_the_callers_arrays_along(problem):
