@@ -1,25 +1,30 @@
 """This library's side of the benchmarks: the functions its jobs are made of."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _peers import Work
-from _setting import Setting
+from _setting import Setting, embedding_check
 
 from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.convert.model import Model
+from minilm_jax.data.tokenizers import load_tokenizer
 from minilm_jax.distill.objectives import minilmv2
 from minilm_jax.encoder.config import Compute, EncoderConfig
-from minilm_jax.encoder.encoder import init_params
+from minilm_jax.encoder.encoder import encode, init_params
+from minilm_jax.encoder.heads import pool
 from minilm_jax.jobs.distill import needed_params
+from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_evaluation, make_step
+from minilm_jax.train.step import LossFunction, make_evaluation, make_step
 
+Batch = Mapping[str, np.ndarray]
 STEPS = 400_000
 """Of the learning rate schedule, as in the paper; a benchmark runs a few of them."""
 
@@ -30,7 +35,7 @@ def write_encoder(folder: Any, config: EncoderConfig, *, seed: int) -> Any:
     return write_model(Model(config=config, params={"encoder": params}), folder)
 
 
-def full_batch(setting: Setting) -> dict[str, np.ndarray]:
+def full_batch(setting: Setting) -> Batch:
     """Returns a batch as data/ makes it, one document a row and no padding."""
     tokens = setting.tokens()
     return {
@@ -40,8 +45,21 @@ def full_batch(setting: Setting) -> dict[str, np.ndarray]:
     }
 
 
-def distillation_step(setting: Setting, batch: Mapping[str, np.ndarray] | None = None) -> Work:
-    """Returns the step that `minilm-jax distill` runs, wired as the job wires it."""
+def distillation_step(
+    setting: Setting,
+    batches: Sequence[Batch] = (),
+    *,
+    checked: bool = True,
+    devices: Devices | None = None,
+) -> Work:
+    """Returns the step that `minilm-jax distill` runs, wired as the job wires it.
+
+    Args:
+      setting: weights, shapes, dtype.
+      batches: one step is run on each, instead of one step on a full batch.
+      checked: whether the loss is to be compared with that of other peers.
+      devices: to run on; one where absent.
+    """
     assert setting.teacher is not None
     teacher, student = read_model(setting.teacher), read_model(setting.student)
     objective = minilmv2(
@@ -49,24 +67,116 @@ def distillation_step(setting: Setting, batch: Mapping[str, np.ndarray] | None =
         teacher_layer=setting.teacher_layer,
         student_layer=student.config.num_hidden_layers,
     )
-    devices = Devices(devices=jax.devices()[:1])
-    loss = objective.make_loss(teacher.config, student.config, Compute(dtype=setting.dtype))
-    optimizer = make_optimizer(
-        OptimizerConfig(), steps=STEPS, undecayed=objective.unreached(student.config)
+    work = _training(
+        objective.make_loss(teacher.config, student.config, Compute(dtype=setting.dtype)),
+        student,
+        needed_params(teacher, objective),
+        batches or [full_batch(setting)],
+        setting,
+        undecayed=objective.unreached(student.config),
+        devices=devices,
     )
+    return work if checked else work._replace(check=None)
+
+
+def encoder_step(setting: Setting) -> Work:
+    """Returns a training step of the encoder alone, on the mean of its outputs' fourth powers."""
+    student = read_model(setting.student)
+
+    def loss(params: Any, _: Any, batch: Any, key: Any) -> Loss:
+        hidden = encode(
+            student.config,
+            params["encoder"],
+            batch,
+            compute=Compute(dtype=setting.dtype),
+            key=key,
+        ).last_hidden_state
+        total = jnp.sum(hidden.astype(jnp.float32) ** 4)
+        mean = Mean(total=total, count=jnp.float32(hidden.size))
+        return Loss(terms={"fourth": mean}, metrics={}, counts={})
+
+    return _training(loss, student, {}, [full_batch(setting)], setting)
+
+
+def encoder_forward(setting: Setting) -> Work:
+    """Returns a forward pass of the encoder, without dropout."""
+    student = read_model(setting.student)
+    params, batch = jax.device_put((student.params["encoder"], full_batch(setting)))
+
+    @jax.jit
+    def forward(params: Any, batch: Any) -> jax.Array:
+        compute = Compute(dtype=setting.dtype)
+        return encode(student.config, params, batch, compute=compute).last_hidden_state
+
+    def run() -> jax.Array:
+        return forward(params, batch).block_until_ready()
+
+    return Work(run, lambda: float((run().astype(jnp.float32) ** 4).mean()))
+
+
+def _training(
+    loss: LossFunction,
+    student: Model,
+    frozen: Any,
+    batches: Sequence[Batch],
+    setting: Setting,
+    *,
+    undecayed: Collection[tuple[str, ...]] = (),
+    devices: Devices | None = None,
+) -> Work:
+    devices = devices or Devices(devices=jax.devices()[:1])
+    optimizer = make_optimizer(OptimizerConfig(), steps=STEPS, undecayed=undecayed)
     step = devices.lift_step(make_step(loss, optimizer, seed=0))
     evaluate = devices.lift_evaluation(make_evaluation(loss))
-    frozen = devices.place(needed_params(teacher, objective))
-    placed = devices.place_batch(batch or full_batch(setting))
+    frozen = devices.place(frozen)
+    rows = devices.rows(setting.batch)
+    placed = [
+        devices.place_batch({name: x[rows] for name, x in batch.items()}) for batch in batches
+    ]
     state = devices.place(create_state({"encoder": student.params["encoder"]}, optimizer))
-    check = float(evaluate(state.params, frozen, placed).value())
+    check = float(evaluate(state.params, frozen, placed[0]).value())
 
     def run() -> None:
         nonlocal state
-        state, metrics = step(state, frozen, placed)
-        jax.block_until_ready((state, metrics))
+        for batch in placed:
+            state, metrics = step(state, frozen, batch)
+            jax.block_until_ready((state, metrics))
 
-    return Work(run, check, _peak_of_accelerator(setting))
+    return Work(run, lambda: check, _peak_of_accelerator(setting))
+
+
+def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
+    """Returns texts to embeddings: sorted by length, batches of 32 padded to multiples of 32."""
+    model, tokenizer = read_model(folder), load_tokenizer(folder)
+    sentence = model.sentence
+    assert sentence is not None
+    params = jax.device_put(model.params["encoder"])
+
+    @jax.jit
+    def embed(params: Any, batch: Any) -> jax.Array:
+        hidden = encode(model.config, params, batch).last_hidden_state
+        pooled = pool(hidden, segments=batch["segments"], pooling=sentence.pooling)
+        return pooled / jnp.linalg.norm(pooled, axis=1, keepdims=True)
+
+    def run() -> np.ndarray:
+        encoded = tokenizer.encode(list(texts))
+        kept = [ids[: sentence.max_length - 2] for ids in encoded]
+        order = np.argsort([-len(ids) for ids in kept], kind="stable")
+        found = []
+        for first in range(0, len(order), 32):
+            rows = order[first : first + 32]
+            length = -(-(len(kept[rows[0]]) + 2) // 32) * 32
+            batch = np.zeros((32, length), np.int32)
+            segments = np.zeros_like(batch)
+            for row, index in enumerate(rows):
+                ids = [tokenizer.cls_id, *kept[index], tokenizer.sep_id]
+                batch[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+            # Dispatched, not waited for: the next batch is made meanwhile.
+            found.append(embed(params, {"input_ids": batch, "segments": segments}))
+        embeddings = np.concatenate(found)[: len(order)]
+        return embeddings[np.argsort(order)]
+
+    return Work(run, lambda: embedding_check(run()))
 
 
 def matrix_product(size: int, dtype: str = "float32") -> Work:

@@ -23,8 +23,8 @@ class Work(NamedTuple):
 
     run: Callable[[], Any]
     """Does the work once and returns when it is finished."""
-    check: float | None = None
-    """A number on which the peers that have one must agree before any is timed: the loss."""
+    check: Callable[[], float] | None = None
+    """Returns a number on which the peers that have one must agree before any is timed."""
     peak_bytes: Callable[[], int] | None = None
     """Of the accelerator's memory; None where the work is done in the process's own."""
 
@@ -147,7 +147,7 @@ def _serve() -> None:
         answer(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}")
         return
     _forget_peak()
-    answer((work.check, first))
+    answer((work.check and work.check(), first))
     while True:
         if pickle.load(questions) == "peak":
             answer(work.peak_bytes() if work.peak_bytes else _peak_resident())

@@ -5,15 +5,20 @@ import importlib.metadata
 import os
 import platform
 import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+import _jax_work
 import jax
 import numpy as np
+from _peers import Figures, Work, measure
 
 # Where libtpu is installed without a chip it would ask the cloud's metadata server for one, for
 # minutes. The peers' processes inherit it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
+OURS = "minilm_jax"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -49,6 +54,66 @@ def spread(seconds: np.ndarray) -> str:
     """Returns "median (minimum–maximum, n runs)" in milliseconds."""
     low, middle, high = 1e3 * np.quantile(seconds, [0, 0.5, 1])
     return f"{middle:,.0f} ({low:,.0f}–{high:,.0f}, {len(seconds)} runs)"
+
+
+def measured_table(
+    peers: Mapping[str, Callable[[], Work]],
+    *,
+    flops: int,
+    budget: float,
+    product: tuple[int, str] = (2048, "float32"),
+    peak: float | None = None,
+    tolerance: float = 1e-4,
+) -> list[str]:
+    """Returns what was measured of the peers and of the machine, all in turn, as Markdown.
+
+    Args:
+      peers: makers of their work by name, this library's under OURS.
+      flops: model FLOPs of one run.
+      budget: seconds of timing.
+      product: size and dtype of the matrices whose product is the measure of the machine.
+      peak: its published FLOPs a second; None takes the measured ones.
+      tolerance: see `measure`.
+    """
+    size, dtype = product
+    about = machine("torch", "transformers")
+    multiply = partial(_jax_work.matrix_product, size, dtype)
+    figures = measure({**peers, "product": multiply}, budget=budget, tolerance=tolerance)
+    rate = 2 * size**3 / float(np.median(figures.pop("product").seconds))
+    return [
+        f"{about}. The machine's matrix product: {rate / 1e9:,.0f} GFLOP/s.",
+        "",
+        *peers_table(figures, flops=flops, rate=peak or rate),
+    ]
+
+
+def peers_table(figures: dict[str, Figures], *, flops: int, rate: float) -> list[str]:
+    """Returns a table of the peers' figures.
+
+    Args:
+      figures: by name, ours first.
+      flops: model FLOPs of a step.
+      rate: the machine's FLOPs a second.
+    """
+    ours = figures[OURS]
+    lines = [
+        "| | ms | ours is faster | first, s | memory, MiB | ours of it | GFLOP/s "
+        "| of the machine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, peer in figures.items():
+        if peer.why_not:
+            lines.append(f"| {name} | {peer.why_not} | – | – | – | – | – | – |")
+            continue
+        median = float(np.median(peer.seconds))
+        faster = f"{median / np.median(ours.seconds):.2f}×" if peer is not ours else "–"
+        part = f"{ours.peak / peer.peak:.0%}" if peer is not ours else "–"
+        lines.append(
+            f"| {name} | {spread(peer.seconds)} | {faster} | {peer.first:.1f} "
+            f"| {peer.peak / 2**20:,.0f} | {part} | {flops / median / 1e9:,.0f} "
+            f"| {flops / median / rate:.0%} |"
+        )
+    return lines
 
 
 def write_section(name: str, section: str, lines: list[str], *, title: str) -> None:

@@ -9,12 +9,14 @@ without torch.compile.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from _peers import Work, threads
-from _setting import Setting
+from _setting import Setting, embedding_check
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertModel, get_linear_schedule_with_warmup
@@ -39,7 +41,49 @@ def distillation_step(setting: Setting, *, style: Style, compiled: bool) -> Work
     check = loss().item()
     student.train()
     run = _training_step(student, loss, setting, fused=style == "vectorised")
-    return Work(run, check, _peak_of_accelerator(setting))
+    return Work(run, lambda: check, _peak_of_accelerator(setting))
+
+
+def encoder_forward(setting: Setting, *, compiled: bool) -> Work:
+    """Returns a forward pass with fused attention, without dropout or gradients."""
+    _configure(setting)
+    model, inputs = _load(setting.student, setting, "vectorised").eval(), _inputs(setting)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        with _autocast(setting):
+            return model(**inputs).last_hidden_state
+
+    run = torch.compile(forward) if compiled else forward
+    return Work(run, lambda: run().pow(4).mean().item())
+
+
+def encoder_step(setting: Setting, *, compiled: bool) -> Work:
+    """Returns a training step of the encoder alone, on the mean of its outputs' fourth powers."""
+    _configure(setting)
+    model, inputs = _load(setting.student, setting, "vectorised").eval(), _inputs(setting)
+
+    def mean() -> Tensor:
+        with _autocast(setting):
+            return model(**inputs).last_hidden_state.float().pow(4).mean()
+
+    loss = torch.compile(mean) if compiled else mean
+    check = loss().item()
+    model.train()
+    return Work(_training_step(model, loss, setting, fused=True), lambda: check)
+
+
+def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
+    """Returns texts to embeddings by sentence-transformers' own `encode`, batches of 32."""
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(threads())
+    model = SentenceTransformer(str(folder), device="cpu")
+
+    def run() -> np.ndarray:
+        return model.encode(list(texts), batch_size=32, show_progress_bar=False)
+
+    return Work(run, lambda: embedding_check(run()))
 
 
 def _configure(setting: Setting) -> None:

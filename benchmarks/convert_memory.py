@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,13 +67,12 @@ def write_source(folder: Path) -> int:
     return 4 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-def convert(source: str, target: str, dtype: str) -> None:
+def convert(source: str, target: str, dtype: Any) -> None:
     """Returns nothing; converts, and prints peak memory before and after in KiB."""
     from minilm_jax.jobs.convert import ConvertConfig, run
 
     before = peak()
-    settings = {"source": source, "target": Path(target), "tokenizer": "none", "dtype": dtype}
-    run(ConvertConfig(**settings))
+    run(ConvertConfig(source=source, target=Path(target), tokenizer="none", dtype=dtype))
     print(before, peak())
 
 

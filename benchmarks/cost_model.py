@@ -12,8 +12,8 @@ import dataclasses
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.train.hardware import CHIPS
 
-H200_FLOPS = 989e12
-"""NVIDIA's published peak of dense bf16 matrix products, a second."""
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+"""NVIDIA's published FLOPs a second of dense bf16 products, by JAX's name of the device."""
 DAY = 86400
 
 STUDENT_6X384 = EncoderConfig(num_hidden_layers=6, hidden_size=384, intermediate_size=1536)
@@ -124,7 +124,7 @@ PAIRS = {
 
 def main() -> None:
     """Prints both tables."""
-    machines = {"v5e-256": 256 * CHIPS["v5e"].flops, "8×H200": 8 * H200_FLOPS}
+    machines = {"v5e-256": 256 * CHIPS["v5e"].flops, "8×H200": 8 * PEAKS["NVIDIA H200"]}
     print("| teacher → student | length | teacher | student | relations | MFLOPs a token |")
     print("|---|---|---|---|---|---|")
     estimates = []

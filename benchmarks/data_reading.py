@@ -13,11 +13,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from minilm_jax.data.batches import BatchConfig, Batches
-from minilm_jax.data.corpus import Corpus, Manifest, ShardWriter
+from minilm_jax.data.corpus import Corpus, Manifest, Shard, ShardWriter
 from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.data.tokenizers import Tokenizer
 
@@ -65,7 +66,8 @@ def stand_in_tokenizer() -> Tokenizer:
 def write_corpus(folder: Path, tokenizer: Tokenizer, tokens: int) -> Corpus:
     """Returns a corpus of random tokens with natural lengths."""
     rng = np.random.default_rng(0)
-    shards, total = [], 0
+    shards: list[Shard] = []
+    total = 0
     while total < tokens:
         writer = ShardWriter(folder / "train", f"{len(shards)}", "uint16")
         while writer.tokens < tokens / 8:
@@ -153,7 +155,7 @@ def grain_ways(corpus: Corpus) -> dict[str, Way]:
 
     still = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
-    def documents() -> object:
+    def documents() -> Any:
         shuffled = grain.MapDataset.source(Documents()).seed(0).shuffle().repeat(None)
         return shuffled.to_iter_dataset(still)
 

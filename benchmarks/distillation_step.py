@@ -18,18 +18,14 @@ from pathlib import Path
 
 import _jax_work
 import _torch_work
-import numpy as np
-from _peers import Figures, Work, measure
-from _report import machine, spread, write_section
+from _peers import Work
+from _report import OURS, measured_table, write_section
 from _setting import Setting
 from cost_model import STUDENT_6X384, distillation_cost
 
 from minilm_jax.encoder.config import EncoderConfig
 
 SHAPES = ("16x128x48", "16x128x12", "4x512x48")
-OURS, MATRIX_PRODUCT = "minilm_jax", "matrix product"
-SIZE = 2048
-"""Of the matrices whose product is the measure of the machine."""
 
 TITLE = """# The distillation step
 
@@ -54,35 +50,6 @@ def peers(setting: Setting) -> dict[str, Callable[[], Work]]:
             torch_step, style="vectorised", compiled=True
         ),
     }
-
-
-def table(figures: dict[str, Figures], *, flops: int, rate: float) -> list[str]:
-    """Returns a table of the peers' figures.
-
-    Args:
-      figures: by name, ours first.
-      flops: model FLOPs of a step.
-      rate: the machine's FLOPs a second.
-    """
-    ours = figures[OURS]
-    lines = [
-        "| step | ms | ours is faster | first, s | memory, MiB | ours of it | GFLOP/s "
-        "| of the machine |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, peer in figures.items():
-        if peer.why_not:
-            lines.append(f"| {name} | {peer.why_not} | – | – | – | – | – | – |")
-            continue
-        median = float(np.median(peer.seconds))
-        faster = f"{median / np.median(ours.seconds):.2f}×" if peer is not ours else "–"
-        part = f"{ours.peak / peer.peak:.0%}" if peer is not ours else "–"
-        lines.append(
-            f"| {name} | {spread(peer.seconds)} | {faster} | {peer.first:.1f} "
-            f"| {peer.peak / 2**20:,.0f} | {part} | {flops / median / 1e9:,.0f} "
-            f"| {flops / median / rate:.0%} |"
-        )
-    return lines
 
 
 def write_pair(folder: Path, teacher: EncoderConfig, student: EncoderConfig) -> tuple[Path, Path]:
@@ -113,16 +80,8 @@ def main() -> None:
                 length=length,
                 heads=heads,
             )
-            about = machine("torch", "transformers")
-            product = partial(_jax_work.matrix_product, SIZE)
-            figures = measure({**peers(setting), MATRIX_PRODUCT: product}, budget=options.seconds)
-            rate = 2 * SIZE**3 / float(np.median(figures.pop(MATRIX_PRODUCT).seconds))
             cost = distillation_cost(shape, shape, batch=batch, length=length)
-            lines = [
-                f"{about}. The machine's matrix product: {rate / 1e9:,.0f} GFLOP/s.",
-                "",
-                *table(figures, flops=cost.flops, rate=rate),
-            ]
+            lines = measured_table(peers(setting), flops=cost.flops, budget=options.seconds)
             write_section("distillation_step_cpu", name, lines, title=TITLE)
 
 

@@ -21,7 +21,7 @@ import jax
 from minilm_jax.cli import load_experiment
 from minilm_jax.jobs.distill import ChainConfig, DistillConfig
 from minilm_jax.jobs.plan import make_plan
-from minilm_jax.train.devices import Devices
+from minilm_jax.train.devices import Devices, Lift
 from minilm_jax.train.hardware import GIB, tpu_devices
 from minilm_jax.train.run_folder import write_json
 
@@ -81,7 +81,7 @@ def program(config: DistillConfig, hardware: str, lift: str) -> str:
     return " | ".join(map(str, parts))
 
 
-def measure(config: DistillConfig, hardware: str, lift: str) -> dict[str, Any]:
+def measure(config: DistillConfig, hardware: str, lift: Lift) -> dict[str, Any]:
     """Returns the figures of one compilation."""
     began = time.monotonic()
     fsdp = FSDP if lift == "mesh" else 1

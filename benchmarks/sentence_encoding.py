@@ -1,0 +1,83 @@
+"""Sentences a second of this library's encoder against sentence-transformers, text to embedding.
+
+    pip install -e '.[torch]' sentence-transformers
+    python benchmarks/sentence_encoding.py MODEL
+
+MODEL is a sentence-transformers folder with mean pooling, such as all-MiniLM-L6-v2. Both sides
+tokenise the same sentences, sort them by length, encode them in batches of 32, pool and bring the
+embeddings back to their order; ours pads to multiples of 32 so that few shapes are compiled. The
+embeddings must agree to 1e-4. Writes benchmarks/results/sentence_encoding_cpu.md.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import _jax_work
+import _torch_work
+import numpy as np
+from _peers import measure
+from _report import OURS, machine, spread, write_section
+
+from minilm_jax.data.machine_docs import machine_documents
+
+SENTENCES = 500
+
+TITLE = """# Sentence encoding
+
+`python benchmarks/sentence_encoding.py MODEL` wrote this: text to embedding, tokenising included,
+of sentences of Python's documentation, on sentence-transformers/all-MiniLM-L6-v2 (6 × 384), fp32.
+Medians (minimum–maximum) of runs over all sentences, in turn; *first* is the first run, compilation
+included; *memory* is the process's resident peak while it runs, libraries included.
+"""
+
+
+def main() -> None:
+    """Measures both and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--seconds", type=float, default=60, help="of timing")
+    options = parser.parse_args()
+    texts = sentences(SENTENCES)
+    words = np.mean([len(text.split()) for text in texts])
+    about = machine("torch", "transformers", "sentence-transformers")
+    figures = measure(
+        {
+            OURS: partial(_jax_work.sentence_encoding, options.model, texts),
+            "sentence-transformers": partial(_torch_work.sentence_encoding, options.model, texts),
+        },
+        budget=options.seconds,
+    )
+    lines = [
+        f"{about}; {len(texts):,} sentences of {words:.0f} words.",
+        "",
+        "| | ms a run | sentences/s | ours is faster | first, s | memory, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    ours = float(np.median(figures[OURS].seconds))
+    for name, peer in figures.items():
+        if peer.why_not:
+            lines.append(f"| {name} | {peer.why_not} | – | – | – | – |")
+            continue
+        median = float(np.median(peer.seconds))
+        faster = "–" if name == OURS else f"{median / ours:.2f}×"
+        lines.append(
+            f"| {name} | {spread(peer.seconds)} | {len(texts) / median:,.0f} | {faster} "
+            f"| {peer.first:.1f} | {peer.peak / 2**20:,.0f} |"
+        )
+    write_section("sentence_encoding_cpu", "all-MiniLM-L6-v2", lines, title=TITLE)
+
+
+def sentences(count: int) -> list[str]:
+    """Returns sentences of Python's documentation, spread over it."""
+    found = [
+        " ".join(sentence.split())
+        for document in machine_documents()
+        for sentence in document.text.split(". ")
+        if len(sentence.split()) > 3
+    ]
+    return found[:: len(found) // count][:count]
+
+
+if __name__ == "__main__":
+    main()
