@@ -34,13 +34,10 @@ class Checkpoints:
         """Opens or creates the folder."""
         self.folder = folder.absolute()  # Orbax fails on relative paths, late and from a thread.
         self._keep = keep
-        self._manager = self._open()
-
-    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def check_space(self, state: TrainState) -> None:
         """Raises CheckpointError unless the disk has room for all states the run will keep.
@@ -165,12 +162,11 @@ class Checkpoints:
             reason,
             target,
         )
-        self._manager.close()
         if writes():
             shutil.rmtree(target, ignore_errors=True)
             source.rename(target)
         wait_for_all(f"set aside {step}")
-        self._manager = self._open()
+        self._manager.reload()
 
 
 def _first_line(error: Exception) -> str:
