@@ -120,6 +120,13 @@ class Devices:
             tree = jax.jit(lambda x: x, out_shardings=whole)(tree)
         return jax.device_get(tree)
 
+    def fetch_batch(self, batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+        """Returns the rows of a placed batch as numpy `[B, …]`, all of them in every process."""
+        fetched = self.fetch(dict(batch))
+        if self.lift == "mesh":
+            return fetched
+        return {name: x.reshape(-1, *x.shape[2:]) for name, x in fetched.items()}
+
     def abstract(self, tree: Any) -> Any:
         """Returns the shapes that `place` would put on the devices, and where; for compiling."""
         return jax.tree.map(

@@ -17,6 +17,7 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hosts import HostsConfig, any_process, writes
 from minilm_jax.train.monitor import Interval, Monitor
+from minilm_jax.train.nonfinite import NonfiniteSteps
 from minilm_jax.train.profile import Profile
 from minilm_jax.train.state import TrainState
 from minilm_jax.train.trackers import TrackerName
@@ -106,7 +107,8 @@ def fit(
 
     Raises:
       Stopped: SIGTERM or SIGINT arrived; everything up to the last finished step is saved.
-      UserError: the loss is not finite and config.nonfinite is "stop".
+      UserError: the loss is not finite and config.nonfinite is "stop", or the devices have too
+        little memory.
       CheckpointError: the disk has no room, a save has failed, or no checkpoint can be read.
     """
     restored = checkpoints.restore(state, devices.shardings(state))
@@ -117,10 +119,13 @@ def fit(
     if first >= config.steps:
         return state
     checkpoints.check_space(state)
+    nonfinite = NonfiniteSteps(
+        config.nonfinite, folder=checkpoints.folder.parent, batches=batches, devices=devices
+    )
     monitor = make_monitor(first) if writes() else None
     pending: list[dict[str, Any]] = []
     timed, work = first, 0
-    with _signals() as stop, batches(first) as stream:
+    with _memory_explained(), _signals() as stop, batches(first) as stream:
         try:
             for done in range(first + 1, config.steps + 1):
                 batch = next(stream)
@@ -143,11 +148,14 @@ def fit(
                 goodput.lap("startup" if starting else "training")
                 if done % config.log_every == 0 or done == config.steps:
                     checkpoints.check()
-                    _report(monitor, done, pending, schedule, config, goodput, done - timed, work)
+                    _report(
+                        monitor, done, pending, schedule, nonfinite, goodput, done - timed, work
+                    )
                     pending, timed, work = [], done, 0
                 stopping = _agree_to_stop(stop, done, config)
                 if done % config.save_every == 0 or done == config.steps or stopping:
-                    _check_finite(pending, done, config)
+                    if config.nonfinite == "stop":
+                        nonfinite.examine(pending, done)  # nothing poisoned is saved
                     jax.block_until_ready(state)  # saving would wait, but waiting is not saving
                     goodput.lap("training")
                     checkpoints.save(done, state)
@@ -184,7 +192,7 @@ def _report(
     done: int,
     pending: list[dict[str, Any]],
     schedule: optax.Schedule,
-    config: TrainConfig,
+    nonfinite: NonfiniteSteps,
     goodput: Goodput,
     steps: int,
     flops: int,
@@ -192,7 +200,7 @@ def _report(
     """Fetches an interval's metrics; what is written is the last step's, a function of it alone."""
     fetched = jax.device_get(pending)
     goodput.lap("training")
-    _check_finite(fetched, done, config)
+    nonfinite.examine(fetched, done)
     goodput.record(done)
     if monitor is None:
         return
@@ -217,16 +225,20 @@ def _report(
     monitor.log(done, shown, interval)
 
 
-def _check_finite(pending: list[dict[str, Any]], done: int, config: TrainConfig) -> None:
-    """Raises before a state poisoned by a non-finite step can be logged or saved."""
-    if config.nonfinite == "skip":
-        return
-    for back, metrics in enumerate(reversed(pending)):
-        if not bool(metrics["finite"]):
-            raise UserError(
-                f"loss or gradient is not finite at step {done - back}: nothing of it was saved; "
-                "lower the learning rate, or continue past such steps with --train.nonfinite skip"
-            )
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turns the devices' running out of memory into a UserError that says what saves some."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        line = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in line:
+            raise
+        raise UserError(
+            f"the devices ran out of memory ({line[:200]}): try --train.accumulate 2 or more, a "
+            "smaller batch, or parameters sharded by --train.lift mesh --train.fsdp N; "
+            "minilm-jax plan shows what each of them needs"
+        ) from error
 
 
 @contextmanager

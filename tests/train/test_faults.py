@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loop import assert_same, run
+from test_loop import STEPS, assert_same, batch_at, run
 
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, UserError
 from minilm_jax.train.checkpoint import Checkpoints, read_params
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.nonfinite import DUMPS
 from minilm_jax.train.state import TrainState
 
 # Orbax leaves the reads beside a failed one unfinished, and says so when they are collected.
@@ -189,3 +190,43 @@ def test_a_clock_that_runs_backwards_changes_nothing(tmp_path, monkeypatch):
     assert_same(run(folder), expected)
     assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["12", "9"]
+
+
+@pytest.mark.parametrize("lift", ["pmap", "mesh"])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_batch_whose_loss_is_not_finite_is_dumped(tmp_path, lift, policy, caplog):
+    def poisoned(step):
+        batch = batch_at(step)
+        batch["x"][5, 2] = np.inf if step in (6, 7) else 1
+        return batch
+
+    devices = Devices(lift, devices=jax.devices()[:2])
+    if policy == "stop":
+        with pytest.raises(UserError, match=r"step 7 \(error, grad_norm, loss\), its batch is in"):
+            run(tmp_path, batches=poisoned, devices=devices)
+        steps = [7]
+    else:
+        run(tmp_path, batches=poisoned, devices=devices, nonfinite="skip", log_every=6)
+        assert caplog.text.count("its update was skipped") == 2
+        steps = [7, 8]
+    files = sorted(tmp_path.glob("nonfinite-step-*.npz"))
+    assert [file.name for file in files] == [f"nonfinite-step-{step}.npz" for step in steps]
+    for step, file in zip(steps, files, strict=True):
+        dumped = np.load(file)
+        for name, value in poisoned(step - 1).items():
+            np.testing.assert_array_equal(dumped[f"batch.{name}"], value)
+        assert not np.isfinite(dumped["metrics.loss"])
+
+
+def test_a_run_that_only_skips_does_not_fill_the_disk(tmp_path, caplog):
+    def poisoned(step):
+        return {**batch_at(step), "x": np.full((8, 4), np.nan, np.float32)}
+
+    run(tmp_path, batches=poisoned, nonfinite="skip")
+    assert caplog.text.count("its update was skipped") == STEPS
+    assert len(list(tmp_path.glob("nonfinite-step-*.npz"))) == DUMPS
+
+
+def test_too_little_memory_is_told_with_what_saves_some(tmp_path):
+    with pytest.raises(UserError, match=r"out of memory \(RESOURCE_EXHAUSTED.*train.accumulate"):
+        run(tmp_path, on_batch=lambda step: jnp.ones((1 << 48,)))
