@@ -35,8 +35,8 @@ PAIRS: dict[str, tuple[EncoderConfig, int, EncoderConfig, int]] = {
 BATCHES = [(128, 128), (32, 512)]
 SIZE = 8192
 """Of the matrices whose product is the measure of the device."""
-TOLERANCE = 2e-2
-"""Of the losses in bfloat16, whose rounding is 4e-3 an operation."""
+TOLERANCE = 5e-3
+"""Of the losses in bfloat16, whose rounding is 4e-3 a number."""
 GOALS = "Goals: at least 2× the compiled PyTorch step, at least 50% MFU."
 
 TITLE = """# On one GPU
