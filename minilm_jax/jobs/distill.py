@@ -53,6 +53,7 @@ from minilm_jax.train.run_folder import (
     settle,
     write_json,
 )
+from minilm_jax.train.software import software
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation, make_step
 from minilm_jax.train.trackers import check_trackers, open_trackers
@@ -296,16 +297,25 @@ class _Run:
             steps=config.train.steps,
             undecayed=config.objective.unreached(self.shape),
         )
-        step = make_step(
+        train_step = make_step(
             loss,
             optimizer,
             seed=config.train.seed,
             accumulate=config.train.accumulate,
             nonfinite=config.train.nonfinite,
         )
-        with Checkpoints(config.output / "checkpoints", keep=config.train.keep) as checkpoints:
+        with Checkpoints(
+            config.output / "checkpoints",
+            keep=config.train.keep,
+            keep_best=config.train.evaluate_every > 0,
+            metadata={
+                "config": describe(config, teacher),
+                "data": train.describe(),
+                "software": software(),
+            },
+        ) as checkpoints:
             state = fit(
-                devices.lift_step(step),
+                devices.lift_step(train_step),
                 create_state(start(), optimizer),
                 frozen,
                 # Placed by the thread that makes it: the copy overlaps with the step before.
@@ -332,10 +342,14 @@ class _Run:
                 schedule=self.schedule,
                 goodput=goodput,
                 flops=self._flops_of_a_batch(),
+                evaluate=lambda state: evaluate(evaluated_params(state, config.optimizer)),
                 profile=Profile(config.train.profile, config.output / PROFILE)
                 if writes()
                 else None,
             )
+            if config.train.export == "best":
+                step, state = checkpoints.restore_best(state, devices.shardings(state))
+                self.say(f"the student is that of step {step}: the lowest held-out loss")
         params = evaluated_params(state, config.optimizer)
         figures["after"] = evaluate(params)
         goodput.lap("evaluation")

@@ -54,6 +54,7 @@ from minilm_jax.train.optimizer import (
     make_schedule,
 )
 from minilm_jax.train.run_folder import METRICS, RESULT, open_run, read_json, write_json
+from minilm_jax.train.software import software
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
 
@@ -207,8 +208,8 @@ def run(
     reported = [
         evaluator.read(config.data, part, limit=config.limit) for part in report_parts(config)
     ]
-    training = _Training(config, model, params, batches, devices, tokenizer, evaluator)
     described = _describe(config, source, examples)
+    training = _Training(config, model, params, batches, devices, tokenizer, evaluator, described)
     with open_run(config.output, described, override=config.override):
         if (config.output / RESULT).exists():
             result = FinetuneResult(**read_json(config.output / RESULT))
@@ -265,8 +266,10 @@ class _Training:
         devices: Devices,
         tokenizer: Tokenizer,
         evaluator: Evaluator,
+        described: dict[str, Any],
     ) -> None:
         schedule = config.schedule
+        self.described = described
         self.config, self.model, self.devices = config, model, devices
         self.batches, self.tokenizer, self.evaluator = batches, tokenizer, evaluator
         self.task = TASKS[config.task]
@@ -298,7 +301,11 @@ class _Training:
         """Returns the best evaluation's record, after training and evaluating in turns."""
         file = self.config.output / EVALUATIONS
         records: list[dict[str, Any]] = read_json(file) if file.exists() else []
-        checkpoints = Checkpoints(self.config.output / "checkpoints", keep=2)
+        checkpoints = Checkpoints(
+            self.config.output / "checkpoints",
+            keep=2,
+            metadata={"config": self.described, "software": software()},
+        )
         goodput = Goodput(self.config.output / GOODPUT)
         try:
             while not self._finished(records):

@@ -1,8 +1,10 @@
-"""Checkpoints of the training state: asynchronous, the latest few, never half or a changed one."""
+"""Checkpoints of the training state: asynchronous, the latest and the best, never half a one."""
 
+import json
 import logging
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from minilm_jax.errors import CheckpointError
 from minilm_jax.train.hosts import any_process, wait_for_all, writes
+from minilm_jax.train.run_folder import differences
 from minilm_jax.train.state import TrainState
 
-CHECKSUMS = "checksums"
+CHECKSUMS, HELDOUT = "checksums", "heldout"
 log = logging.getLogger(__name__)
 
 
@@ -30,12 +34,42 @@ class Checkpoints:
     Where the run has several processes, all of them call each method, and share the folder.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        """Opens or creates the folder."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        keep_best: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Opens or creates the folder.
+
+        Args:
+          folder: of the checkpoints alone.
+          keep: the latest so many are kept.
+          keep_best: keep the one of the lowest held-out loss beside them.
+          metadata: what the states are computed from and with, JSON-able; written into each.
+        """
         self.folder = folder.absolute()  # Orbax fails on relative paths, late and from a thread.
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
+        self._metadata = json.loads(json.dumps(metadata or {}))
+        kept: list[preservation_policy.PreservationPolicy] = [
+            preservation_policy.LatestN(self._keep)
+        ]
+        if self._keep_best:
+            kept.append(
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: -_heldout(metrics),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+            best_fn=_heldout if self._keep_best else None,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -45,7 +79,8 @@ class Checkpoints:
         One more than is kept, because the oldest goes only when the newest is complete.
         """
         each = sum(x.nbytes for x in jax.tree.leaves(state))
-        needed = each * max(self._keep + 1 - len(self._manager.all_steps()), 0)
+        most = self._keep + self._keep_best + 1
+        needed = each * max(most - len(self._manager.all_steps()), 0)
         free = shutil.disk_usage(self.folder).free
         if any_process(needed > free):
             raise CheckpointError(
@@ -53,14 +88,24 @@ class Checkpoints:
                 f"has {free / 1e9:.3g} GB free; make room, or keep fewer with train.keep"
             )
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, *, heldout: float | None = None) -> None:
         """Starts writing the state of `step`; returns once it is copied, not once it is written.
+
+        Args:
+          step: steps taken.
+          state: after them.
+          heldout: its held-out loss, where it was evaluated; what the best is chosen by.
 
         Raises:
           CheckpointError: this save cannot begin, or the one before has failed.
         """
         with self._explained():
-            saved = self._manager.save(step, args=ocp.args.StandardSave(_sealed(state)))
+            saved = self._manager.save(
+                step,
+                args=ocp.args.StandardSave(_sealed(state)),
+                metrics=None if heldout is None else {HELDOUT: heldout},
+                custom_metadata=self._metadata,
+            )
         if not saved:
             # Orbax returns False, silently, for a step at or before the latest.
             raise CheckpointError(
@@ -74,6 +119,9 @@ class Checkpoints:
     def restore(self, state: TrainState, shardings: TrainState) -> TrainState | None:
         """Returns the latest readable state placed as `shardings` say, None where there is none.
 
+        What differs between the checkpoint's metadata and this run's is a warning: whoever must
+        not change something refuses it before.
+
         Args:
           state: a state of the right structure, shapes and dtypes; its values are not read.
           shardings: a tree of shardings like `state`.
@@ -81,17 +129,14 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints and none of them is readable.
         """
-        target = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            state,
-            shardings,
-        )
+        target = _target(state, shardings)
         begun = self._manager.latest_step() is not None
         while (step := self._manager.latest_step()) is not None:
             read, damage = self._read(step, target)
             if not any_process(read is None):
                 damage = _difference(read)
                 if not damage:
+                    self._compare(step)
                     return TrainState(**{name: read[name] for name in TrainState._fields})
             self._set_aside(step, damage or "by another process")
         if begun:
@@ -100,6 +145,39 @@ class Checkpoints:
                 "there as unreadable-STEP, and the next start begins anew"
             )
         return None
+
+    def restore_best(self, state: TrainState, shardings: TrainState) -> tuple[int, TrainState]:
+        """Returns the step of the lowest held-out loss and its state; arguments as of `restore`.
+
+        The folder was opened with `keep_best`.
+
+        Raises:
+          CheckpointError: no step was evaluated, or the best one cannot be read.
+        """
+        self.wait()
+        step = self._manager.best_step()
+        if step is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint with a held-out loss")
+        read, damage = self._read(step, _target(state, shardings))
+        if not any_process(read is None):
+            damage = _difference(read)
+        if any_process(bool(damage)):
+            raise CheckpointError(
+                f"{self.folder}: the best checkpoint, of step {step}, cannot be read ({damage}); "
+                "--train.export last --override train.export exports the last one"
+            )
+        return step, TrainState(**{name: read[name] for name in TrainState._fields})
+
+    def _compare(self, step: int) -> None:
+        """Warns where a checkpoint was computed from or with something else than this run."""
+        written = self._manager.metadata(step).custom_metadata or {}
+        changed = [line for _, line in differences(written, self._metadata)]
+        if written and changed:
+            log.warning(
+                "the checkpoint of step %d was computed with something else: %s",
+                step,
+                "; ".join(changed),
+            )
 
     def _read(self, step: int, target: TrainState) -> tuple[Any, str]:
         """Returns what the step holds, or None and why it cannot be read."""
@@ -171,6 +249,20 @@ class Checkpoints:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
+
+
+def _heldout(metrics: Mapping[str, float]) -> float:
+    value = metrics[HELDOUT]
+    return value if math.isfinite(value) else math.inf
+
+
+def _target(state: TrainState, shardings: TrainState) -> TrainState:
+    """Returns the shapes to read, and where to."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
 
 
 def _sealed(state: TrainState) -> dict[str, Any]:

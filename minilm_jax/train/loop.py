@@ -44,7 +44,11 @@ class TrainConfig:
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints kept."""
+    """The latest checkpoints kept, beside the best where there is one."""
+    evaluate_every: int = 0
+    """Steps between measurements of the held-out loss, each with a checkpoint; 0: none."""
+    export: Literal["last", "best"] = "last"
+    """best: the checkpoint of the lowest held-out loss; needs evaluate_every."""
     trackers: tuple[TrackerName, ...] = ()
     """Where else the metrics go; each is an extra to install."""
     profile: tuple[int, int] | None = None
@@ -56,6 +60,12 @@ class TrainConfig:
         for name in ("steps", "accumulate", "fsdp", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.evaluate_every < 0:
+            raise ConfigError(
+                f"train.evaluate_every must not be negative, got {self.evaluate_every}"
+            )
+        if self.export == "best" and not self.evaluate_every:
+            raise ConfigError("train.export=best needs train.evaluate_every: nothing is compared")
         if self.profile is not None and min(self.profile) < 1:
             raise ConfigError(
                 "train.profile is (first step from 1, number of steps), got "
@@ -85,6 +95,7 @@ def fit(
     goodput: Goodput | None = None,
     flops: Callable[[Any], int] | None = None,
     profile: Profile | None = None,
+    evaluate: Callable[[TrainState], float] | None = None,
 ) -> TrainState:
     """Returns the state after the last step, resuming from the latest checkpoint.
 
@@ -104,6 +115,7 @@ def fit(
       goodput: books where the time goes.
       flops: of the matrix products of a step on a placed batch, over all devices; for the log.
       profile: traces some steps.
+      evaluate: held-out loss of a state; called every config.evaluate_every steps, at the last too.
 
     Raises:
       Stopped: SIGTERM or SIGINT arrived; everything up to the last finished step is saved.
@@ -146,19 +158,26 @@ def fit(
                     jax.block_until_ready(state)  # traced, compiled and run: no measure of speed
                     timed, work = first + 1, 0
                 goodput.lap("startup" if starting else "training")
-                if done % config.log_every == 0 or done == config.steps:
+                if _due(done, config.log_every, config):
                     checkpoints.check()
                     _report(
                         monitor, done, pending, schedule, nonfinite, goodput, done - timed, work
                     )
                     pending, timed, work = [], done, 0
                 stopping = _agree_to_stop(stop, done, config)
-                if done % config.save_every == 0 or done == config.steps or stopping:
+                evaluating = evaluate is not None and _due(done, config.evaluate_every, config)
+                if evaluating or stopping or _due(done, config.save_every, config):
                     if config.nonfinite == "stop":
                         nonfinite.examine(pending, done)  # nothing poisoned is saved
                     jax.block_until_ready(state)  # saving would wait, but waiting is not saving
                     goodput.lap("training")
-                    checkpoints.save(done, state)
+                    heldout = None
+                    if evaluate is not None and evaluating:
+                        heldout = evaluate(state)
+                        if monitor is not None:
+                            monitor.log_heldout(done, heldout)
+                        goodput.lap("evaluation")
+                    checkpoints.save(done, state, heldout=heldout)
                     goodput.lap("checkpoints")
                     goodput.record(done)
                 if stopping and done < config.steps:
@@ -177,6 +196,11 @@ def fit(
             checkpoints.wait()
             goodput.lap("checkpoints")
     return state
+
+
+def _due(done: int, every: int, config: TrainConfig) -> bool:
+    """Returns whether something that happens every so many steps, and at the last, happens now."""
+    return bool(every) and (done % every == 0 or done == config.steps)
 
 
 def _agree_to_stop(stop: list[int], done: int, config: TrainConfig) -> bool:

@@ -10,6 +10,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from minilm_jax.train.checkpoint import HELDOUT
 from minilm_jax.train.goodput import duration
 from minilm_jax.train.hardware import GIB, peak_flops, peak_memory
 from minilm_jax.train.trackers import Tracker
@@ -109,6 +110,14 @@ class Monitor:
             left = f"{duration(seconds)} left"
         self._show(step, _progress_line(metrics, speed), left)
 
+    def log_heldout(self, step: int, loss: float) -> None:
+        """Records the held-out loss after `step`, in a row of its own."""
+        self._file.write(json.dumps({"step": step, HELDOUT: loss}) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(step, {HELDOUT: loss})
+        self._console.print(f"step {step}/{self._steps}  held-out loss {loss:.4f}", highlight=False)
+
     def _speed(self, interval: Interval) -> dict[str, float]:
         """Returns figures per second and shares, without those that are not known."""
         seconds = interval.seconds
@@ -167,10 +176,11 @@ def plot_loss(metrics_path: Path, target: Path) -> bool:
     # The object API: no global figure, no display.
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    steps = [row["step"] for row in rows]
-    for name in (name for name, value in rows[-1].items() if isinstance(value, float)):
+    names = {name: None for row in rows for name, x in row.items() if isinstance(x, float)}
+    for name in names:
         if name not in ("grad_norm", "learning_rate"):
-            axes.plot(steps, [row.get(name) for row in rows], label=name)
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points, strict=True), label=name)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)

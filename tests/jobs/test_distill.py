@@ -73,6 +73,34 @@ def test_from_text_to_a_student_that_is_nearer_to_its_teacher(config):
     assert before == {p: p.stat().st_mtime_ns for p in config.output.rglob("*.safetensors")}
 
 
+def test_the_best_average_is_what_is_evaluated_and_exported(config):
+    """A learning rate that ruins the student late: the best step is not the last."""
+    config = dataclasses.replace(
+        config,
+        optimizer=OptimizerConfig(
+            learning_rate=0.3, warmup_steps=8, schedule="constant", ema_decay=0.5
+        ),
+        train=TrainConfig(
+            steps=10, log_every=5, save_every=10, evaluate_every=2, export="best", keep=1
+        ),
+    )
+    result, said = run(config)
+    rows = [json.loads(x) for x in (config.output / "metrics.jsonl").read_text().splitlines()]
+    heldout = {row["step"]: row["heldout"] for row in rows if "heldout" in row}
+    assert list(heldout) == [2, 4, 6, 8, 10]
+    best = min(heldout, key=heldout.get)
+    assert best != 10
+    assert f"that of step {best}:" in said
+    assert result.heldout["after"] == pytest.approx(heldout[best], rel=1e-6)
+    assert "evaluation" in said
+    folder = config.output / "checkpoints" / str(best)
+    saved = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    assert saved["config"]["optimizer"]["ema_decay"] == 0.5
+    assert len(saved["config"]["fingerprints"]["teacher"]) == 64
+    assert saved["data"] == json.loads((config.output / "data.json").read_text())
+    assert saved["software"]["jax"] == jax.__version__
+
+
 def test_minilmv2_with_other_heads_and_a_lower_layer(config):
     config = dataclasses.replace(
         config,

@@ -4,9 +4,12 @@ import contextlib
 import gc
 import io
 import json
+import math
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from minilm_jax.errors import UserError
+from minilm_jax.errors import CheckpointError, ConfigError, UserError
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.checkpoint import Checkpoints, read_params
 from minilm_jax.train.devices import Devices
@@ -23,6 +26,7 @@ from minilm_jax.train.loop import Stopped, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor, plot_loss
 from minilm_jax.train.optimizer import with_average
 from minilm_jax.train.profile import Profile
+from minilm_jax.train.software import software
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
 
@@ -48,7 +52,17 @@ def batch_at(step):
     }
 
 
-def run(folder, *, batches=batch_at, devices=None, on_batch=None, optimizer=ADAM, **config):
+def run(
+    folder,
+    *,
+    batches=batch_at,
+    devices=None,
+    on_batch=None,
+    optimizer=ADAM,
+    evaluate=None,
+    metadata=None,
+    **config,
+):
     """One start of the run in `folder`; returns its final state."""
     devices = devices or Devices("pmap", devices=jax.devices()[:1])
     folder.mkdir(exist_ok=True)
@@ -65,7 +79,12 @@ def run(folder, *, batches=batch_at, devices=None, on_batch=None, optimizer=ADAM
         yield generate()
 
     params = {"kernel": np.eye(4, dtype=np.float32)}
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=config.keep,
+        keep_best=config.evaluate_every > 0,
+        metadata=metadata,
+    )
     try:
         return fit(
             devices.lift_step(make_step(loss, optimizer, seed=1, nonfinite=config.nonfinite)),
@@ -81,6 +100,7 @@ def run(folder, *, batches=batch_at, devices=None, on_batch=None, optimizer=ADAM
             schedule=lambda step: 0.01,
             goodput=Goodput(folder / GOODPUT),
             flops=lambda batch: 2 * batch["x"].size,
+            evaluate=evaluate,
             profile=Profile(config.profile, folder / "profile"),
         )
     finally:
@@ -162,6 +182,94 @@ def test_an_average_of_the_parameters_is_resumed_too(tmp_path):
     state = run(tmp_path / "stopped", optimizer=optimizer)
     assert state.opt_state.average.count == STEPS
     assert_same(state, expected)
+
+
+def heldout_of(*losses):
+    """Held-out losses by step, with everything else as it is."""
+    return lambda state: dict(enumerate(losses, start=1)).get(int(state.step) // 3, math.nan)
+
+
+def saved_steps(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_best_is_kept_and_the_latest_resumed(tmp_path):
+    evaluate = heldout_of(0.5, 0.1, 0.4, 0.3)
+
+    def crash(step):
+        if step == 10:
+            raise RuntimeError("power cut")
+
+    whole = run(tmp_path / "whole", evaluate=evaluate, evaluate_every=3, keep=1)
+    assert saved_steps(tmp_path / "whole") == [6, STEPS]
+    folder = tmp_path / "cut"
+    with pytest.raises(RuntimeError):
+        run(folder, evaluate=evaluate, evaluate_every=3, keep=1, on_batch=crash)
+    assert saved_steps(folder) == [6, 9]
+    asked = []
+    state = run(folder, evaluate=evaluate, evaluate_every=3, keep=1, on_batch=asked.append)
+    assert asked[0] == 9  # the latest, though step 6 is better
+    assert_same(state, whole)
+    assert saved_steps(folder) == [6, STEPS]
+    metrics = (folder / "metrics.jsonl").read_text()
+    assert metrics == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in metrics.splitlines()]
+    heldout = {row["step"]: row["heldout"] for row in rows if "heldout" in row}
+    assert heldout == {3: 0.5, 6: 0.1, 9: 0.4, 12: 0.3}
+    with Checkpoints(folder / "checkpoints", keep=1, keep_best=True) as checkpoints:
+        step, best = checkpoints.restore_best(state, Devices().shardings(state))
+    assert step == best.step == 6
+    assert not np.array_equal(best.params["kernel"], state.params["kernel"])
+    assert plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+    account = Goodput(folder / GOODPUT).account()
+    assert account.seconds["evaluation"] > 0
+
+
+def test_a_heldout_loss_that_is_not_finite_is_never_the_best(tmp_path):
+    run(tmp_path, evaluate=heldout_of(0.5, math.nan, math.inf, 0.7), evaluate_every=3, keep=1)
+    assert saved_steps(tmp_path) == [3, STEPS]
+
+
+def test_without_evaluations_there_is_no_best(tmp_path, whole):
+    with (
+        Checkpoints(tmp_path / "whole" / "checkpoints", keep_best=True) as checkpoints,
+        pytest.raises(CheckpointError, match="no checkpoint with a held-out loss"),
+    ):
+        checkpoints.restore_best(whole[0], Devices().shardings(whole[0]))
+    with pytest.raises(ConfigError, match=r"needs train\.evaluate_every"):
+        TrainConfig(export="best")
+
+
+def test_other_software_on_resume_is_a_warning_with_the_difference(tmp_path, whole, caplog):
+    def start(jax_version, **settings):
+        metadata = {"config": {"seed": 1}, "software": {"jax": jax_version, "revision": None}}
+        return run(tmp_path, metadata=metadata, **settings)
+
+    def stop(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        start("0.10.2", on_batch=stop)
+    assert_same(start("0.12.0"), whole[0])
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("minilm")]
+    assert ours == [
+        "the checkpoint of step 5 was computed with something else: "
+        'software.jax: "0.10.2" -> "0.12.0"'
+    ]
+    caplog.clear()
+    start("0.12.0")
+    assert "something else" not in caplog.text
+
+
+def test_the_software_is_named_to_the_commit():
+    found = software()
+    assert found["jax"] == jax.__version__
+    assert found["orbax-checkpoint"]
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        head = subprocess.check_output(["git", "-C", str(root), "rev-parse", "HEAD"], text=True)
+        assert found["revision"].removesuffix("-dirty") == head.strip()
 
 
 def test_a_profile_is_a_file_and_changes_nothing(tmp_path, whole):
