@@ -33,6 +33,8 @@ class HostsConfig:
     """Which of them this is, from 0, for explicit."""
     patience_s: int = 300
     """Seconds the first processes wait for the last."""
+    heartbeat_s: int = 100
+    """Seconds without a sign of life after which a process counts as dead and all others end."""
 
     def __post_init__(self) -> None:
         given = {
@@ -43,8 +45,9 @@ class HostsConfig:
         missing = [f"hosts.{name}" for name, value in given.items() if value is None]
         if self.start == "explicit" and missing:
             raise ConfigError(f"hosts.start=explicit needs {' and '.join(missing)}")
-        if self.patience_s < 1:
-            raise ConfigError(f"hosts.patience_s must be at least 1, got {self.patience_s}")
+        for name in ("patience_s", "heartbeat_s"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"hosts.{name} must be at least 1, got {getattr(self, name)}")
         if self.processes is not None and self.processes < 1:
             raise ConfigError(f"hosts.processes must be at least 1, got {self.processes}")
         if self.process is not None and not 0 <= self.process < (self.processes or 1 << 30):
@@ -75,6 +78,7 @@ def join(config: HostsConfig, *, say: Callable[[str], None] = print) -> None:
                 config.processes if config.start == "explicit" else None,
                 config.process,
                 initialization_timeout=config.patience_s + 60,
+                heartbeat_timeout_seconds=config.heartbeat_s,
             )
         except (ValueError, RuntimeError) as error:
             line = str(error).strip().partition("\n")[0][:300]

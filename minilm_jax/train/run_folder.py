@@ -2,15 +2,22 @@
 
 import fcntl
 import json
+import logging
 import os
+import platform
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from minilm_jax.errors import ConfigError
 
 CONFIG, RESULT, LOCK, METRICS = "config.json", "result.json", ".lock", "metrics.jsonl"
+VERSIONS = "versions.json"
+LIBRARIES = ("minilm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -20,7 +27,8 @@ def open_run(
     """Holds the folder for this process, with its config compared or written.
 
     A new or empty folder gets `config.json`. A folder of this very run is continued. Anything else
-    is refused, so that no run ever overwrites another's results.
+    is refused, so that no run ever overwrites another's results. Libraries or code that changed
+    since are told in a warning.
 
     Args:
       folder: where the run writes.
@@ -52,7 +60,30 @@ def open_run(
         except OSError:
             raise ConfigError(f"output {folder} is in use by another process") from None
         settle(folder / CONFIG, config, override=override)
+        _note_versions(folder / VERSIONS)
         yield
+
+
+def _note_versions(path: Path) -> None:
+    """Writes what the run is computed with; warns of each change since its last start."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    versions = {"python": platform.python_version(), "revision": _revision(), **versions}
+    before = read_json(path) if path.exists() else versions
+    for _, change in differences(before, versions):
+        log.warning("%s, since the last start of this run: its numbers may change", change)
+    write_json(path, versions)
+
+
+def _revision() -> str:
+    """Returns the package's git revision, "-dirty" where it was edited, "" outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        return ""
 
 
 def settle(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...] = ()) -> None:

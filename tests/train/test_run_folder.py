@@ -83,3 +83,19 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
         refused = pytest.raises(ConfigError, match=r"cannot be written to \(.*\); choose another")
         with refused, open_run(folder, CONFIG_A):
             pass
+
+
+def test_other_versions_on_resume_are_told(tmp_path, caplog):
+    for _ in range(2):
+        with open_run(tmp_path, CONFIG_A):
+            pass
+    assert not caplog.records
+    versions = tmp_path / "versions.json"
+    now = json.loads(versions.read_text())
+    versions.write_text(json.dumps({**now, "jax": "0.4.1", "revision": "0123abc"}))
+    with open_run(tmp_path, CONFIG_A):
+        pass
+    assert f'jax: "0.4.1" -> "{now["jax"]}"' in caplog.text
+    assert 'revision: "0123abc" -> ' in caplog.text
+    assert len(caplog.records) == 2
+    assert json.loads(versions.read_text()) == now
