@@ -4,8 +4,8 @@
 
 Every figure is of a process of its own. *First step*: from the start of the process to the end of
 the first distillation step (6 × 384 to 6 × 384, 16 × 128 × 48): imports, weights read from disk,
-compilation, the step. Compilation is measured without a cache. Writes
-benchmarks/results/startup_cpu.md.
+compilation, an evaluation of the loss as the job makes it, the step. Compilation is measured
+without a cache. Writes benchmarks/results/startup_cpu.md.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from minilm_jax.train.devices import Devices
 TITLE = """# Start-up and compilation
 
 `python benchmarks/startup.py` wrote this: medians (minimum–maximum) in seconds, each run a process
-of its own. *First step* is from the start of the process, imports and reading the weights included.
+of its own. *First step* is from the start of the process: imports, reading the weights, compiling
+and running an evaluation of the loss, then the step, 6 × 384 to 6 × 384 at 16 × 128 × 48.
 """
 
 
