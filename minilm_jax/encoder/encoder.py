@@ -1,5 +1,6 @@
 """The Transformer encoder: embeddings, post-LayerNorm blocks, and stopping where asked."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from minilm_jax.encoder.config import Compute, EncoderConfig
 
 ACTIVATIONS = {
     # BERT's GELU is the exact (erf) one; JAX's default is the tanh approximation.
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * jnp.asarray(math.sqrt(0.5), x.dtype))),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
