@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from minilm_jax.data.masking import NOT_PREDICTED, MaskingConfig
 from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params, batch_counts
 from minilm_jax.distill.objectives import mean_squared_error, uniform_layers
-from minilm_jax.encoder.attention import Projections, segment_mask
+from minilm_jax.encoder.attention import Projections
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import EncoderOutput, encode
 from minilm_jax.encoder.heads import MaskedLM
@@ -183,7 +183,8 @@ class TinyBertObjective(Objective):
             theirs = encode(teacher, teacher_params["encoder"], batch, compute=plain)
             ours = encode(student, student_params["encoder"], batch, compute=compute, key=key)
             segments, project = batch["segments"], student_params["width_projection"]
-            allowed = segment_mask(segments) & (segments > 0)[:, :, None]
+            allowed = segments[:, :, None] == segments[:, None, :]
+            allowed &= (segments > 0)[:, :, None]
             pairs_of_tokens = jnp.sum(allowed, dtype=jnp.float32)
             terms = {
                 "embeddings": mean_squared_error(

@@ -1,21 +1,52 @@
 """The Transformer encoder: embeddings, post-LayerNorm blocks, and stopping where asked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from minilm_jax.encoder.attention import Projections, RowDropout, SelfAttention, dense, segment_mask
+from minilm_jax.encoder.attention import Projections, SelfAttention, dense
 from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.dropout import RowDropout
 
-ACTIVATIONS = {
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x Φ(x) (Hendrycks and Gimpel, arXiv 1606.08415), in fp32 inside.
+
+    By erf, as PyTorch has it, where `jax.nn.gelu` takes the costlier erfc; and keeping `x` alone
+    for the gradient.
+    """
+    y = x.astype(jnp.float32)
+    return (y * _normal_cdf(y)).astype(x.dtype)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, cotangent: Array) -> tuple[Array]:
+    # Or the compiler would find the same arithmetic in the forward pass and keep its results.
+    x, cotangent = jax.lax.optimization_barrier((x, cotangent))
+    y = x.astype(jnp.float32)
+    slope = _normal_cdf(y) + y * jnp.exp(-0.5 * y * y) * (1 / math.sqrt(2 * math.pi))
+    return ((cotangent * slope).astype(x.dtype),)
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # BERT's GELU is the exact (erf) one; JAX's default is the tanh approximation.
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * jnp.asarray(math.sqrt(0.5), x.dtype))),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
@@ -99,13 +130,12 @@ class Encoder(nn.Module):
             rows=rows,
             deterministic=deterministic,
         )
-        mask = segment_mask(segments)
         hidden_states, projections = [hidden], []
         for index, layer in enumerate(self.layer, start=1):
             if index == stop_after:
                 projections.append(layer.project(hidden))
                 break
-            hidden, projected = layer(hidden, mask, rows, deterministic)
+            hidden, projected = layer(hidden, segments, rows, deterministic)
             hidden_states.append(hidden)
             projections.append(projected)
         return EncoderOutput(hidden_states=tuple(hidden_states), projections=tuple(projections))
@@ -182,7 +212,7 @@ class Block(nn.Module):
     def __call__(
         self,
         hidden: Float[Array, "B L D"],
-        mask: Bool[Array, "B L L"],
+        segments: Int[Array, "B L"],
         rows: Int[Array, "B"],
         deterministic: bool,
     ) -> tuple[Float[Array, "B L D"], Projections]:
@@ -193,7 +223,7 @@ class Block(nn.Module):
 
         projections = self.attention.project(hidden)
         attended = self.attention.attend(
-            projections, mask=mask, rows=rows, deterministic=deterministic
+            projections, segments=segments, rows=rows, deterministic=deterministic
         )
         hidden = self.attention_norm(hidden + drop(attended))
         hidden = self.ffn_norm(hidden + drop(self.ffn(hidden)))

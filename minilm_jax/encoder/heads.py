@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minilm_jax.encoder.attention import RowDropout, dense
+from minilm_jax.encoder.attention import dense
 from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.encoder.dropout import RowDropout
 from minilm_jax.encoder.encoder import ACTIVATIONS, layer_norm
 
 Pooling = Literal["mean", "cls"]

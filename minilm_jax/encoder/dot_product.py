@@ -1,0 +1,208 @@
+"""Dot-product attention whose gradient keeps no L × L array.
+
+Every such array is computed again from queries, keys and one number a row, as FlashAttention does
+(Dao et al., arXiv 2205.14135), so that a layer's activations are O(L·D). On a CPU a few heads are
+computed at a time, to stay within the caches; an accelerator gets all of them at once.
+
+B batch, L tokens, D width, H heads (h at a time), K head width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from minilm_jax.encoder.dropout import kept
+
+ELEMENTS = 2**22
+"""Of the logits computed at a time on a CPU; 16 MB, of which a handful are alive at once."""
+
+
+class _Rows(NamedTuple):
+    """What the logits of all heads share."""
+
+    segments: Int[Array, "B L"]
+    words: UInt32[Array, "B 2"] | None
+    """Of dropout; None drops nothing."""
+
+    def allowed(self) -> Bool[Array, "B 1 L L"]:
+        return self.segments[:, None, :, None] == self.segments[:, None, None, :]
+
+
+class _Residuals(NamedTuple):
+    query: Float[Array, "B H L K"]
+    """Scaled."""
+    key: Float[Array, "B H L K"]
+    value: Float[Array, "B H L K"]
+    mixed: Float[Array, "B H L K"]
+    log_total: Float[Array, "B H L 1"]
+    """Logarithm of the sum of the exponentials of a row's logits."""
+    rows: _Rows
+
+
+def dot_product_attention(
+    query: Float[Array, "B L D"],
+    key: Float[Array, "B L D"],
+    value: Float[Array, "B L D"],
+    *,
+    segments: Int[Array, "B L"],
+    heads: int,
+    dropout_rate: float = 0.0,
+    words: UInt32[Array, "B 2"] | None = None,
+) -> Float[Array, "B L D"]:
+    """Returns softmax(Q Kᵀ / √K) V of each head, side by side, in the dtype of `query`.
+
+    Products take operands of that dtype and sum in fp32; the softmax is fp32.
+
+    Args:
+      query: queries of all heads.
+      key: keys of all heads.
+      value: values of all heads.
+      segments: a query sees the keys of its own number. Padding (0) sees padding, so that no row is
+        empty and nothing becomes NaN; its outputs are never used.
+      heads: H; divides D.
+      dropout_rate: share of the probabilities that is dropped.
+      words: two random words for each row (`row_words`), which choose them; None drops nothing.
+    """
+    if words is None:
+        dropout_rate = 0.0
+    return _attend(query, key, value, _Rows(segments, words), heads, dropout_rate)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(
+    query: Array, key: Array, value: Array, rows: _Rows, heads: int, rate: float
+) -> Float[Array, "B L D"]:
+    return _forward(query, key, value, rows, heads, rate)[0]
+
+
+def _forward(
+    query: Array, key: Array, value: Array, rows: _Rows, heads: int, rate: float
+) -> tuple[Array, _Residuals]:
+    scale = (query.shape[-1] // heads) ** -0.5
+    q, k, v = (
+        _split_heads(x, heads) for x in (query * jnp.asarray(scale, query.dtype), key, value)
+    )
+    mixed, log_total = _over_heads(partial(_forward_heads, rows=rows, rate=rate), q, k, v)
+    return _merge_heads(mixed), _Residuals(q, k, v, mixed, log_total, rows)
+
+
+def _backward(
+    heads: int, rate: float, residuals: _Residuals, cotangent: Float[Array, "B L D"]
+) -> tuple[Array, Array, Array, None]:
+    # Or the compiler would find the same arithmetic in the forward pass and keep its results.
+    residuals, cotangent = jax.lax.optimization_barrier((residuals, cotangent))
+    *arrays, rows = residuals
+    gradients = _over_heads(
+        partial(_backward_heads, rows=rows, rate=rate), *arrays, _split_heads(cotangent, heads)
+    )
+    query, key, value = (_merge_heads(x) for x in gradients)
+    scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
+    return query * scale, key, value, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _forward_heads(
+    first: Array | int,
+    query: Float[Array, "B h L K"],
+    key: Float[Array, "B h L K"],
+    value: Float[Array, "B h L K"],
+    *,
+    rows: _Rows,
+    rate: float,
+) -> tuple[Float[Array, "B h L K"], Float[Array, "B h L 1"]]:
+    """Returns the mixed values of some heads and the logarithm of each row's total."""
+    logits = _product("bhqk,bhkl->bhql", query, _transpose(key))
+    logits = jnp.where(rows.allowed(), logits, -jnp.inf)
+    peak = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - peak)
+    # Normalising after the value product divides L x K numbers instead of L x L.
+    total = weights.sum(axis=-1, keepdims=True)
+    if rows.words is not None:
+        weights = jnp.where(_kept(rows.words, first, weights.shape, rate), weights, 0.0)
+    mixed = _product("bhql,bhlk->bhqk", weights.astype(value.dtype), value)
+    return (mixed / (total * (1 - rate))).astype(value.dtype), peak + jnp.log(total)
+
+
+def _backward_heads(
+    first: Array | int,
+    query: Float[Array, "B h L K"],
+    key: Float[Array, "B h L K"],
+    value: Float[Array, "B h L K"],
+    mixed: Float[Array, "B h L K"],
+    log_total: Float[Array, "B h L 1"],
+    cotangent: Float[Array, "B h L K"],
+    *,
+    rows: _Rows,
+    rate: float,
+) -> tuple[Float[Array, "B h L K"], Float[Array, "B h L K"], Float[Array, "B h L K"]]:
+    """Returns the gradients of some heads' (scaled) queries, keys and values."""
+    dtype = query.dtype
+    logits = _product("bhqk,bhkl->bhql", query, _transpose(key))
+    probabilities = jnp.where(rows.allowed(), jnp.exp(logits - log_total), 0.0)
+    slopes = _product("bhqk,bhkl->bhql", cotangent, _transpose(value))
+    # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
+    shared = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1, keepdims=True)
+    dropped = probabilities
+    if rows.words is not None:
+        factor = jnp.where(_kept(rows.words, first, logits.shape, rate), 1 / (1 - rate), 0.0)
+        dropped, slopes = probabilities * factor, slopes * factor
+    of_logits = (probabilities * (slopes - shared)).astype(dtype)
+    # With keys last, as in the logits, no product has to transpose an L x L array.
+    of_query = _product("bhql,bhlk->bhqk", of_logits, key)
+    of_key = _product("bhkq,bhql->bhkl", _transpose(query), of_logits)
+    of_value = _product("bhkq,bhql->bhkl", _transpose(cotangent), dropped.astype(dtype))
+    found = (of_query, _transpose(of_key), _transpose(of_value))
+    return found[0].astype(dtype), found[1].astype(dtype), found[2].astype(dtype)
+
+
+def _over_heads(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+    """Returns function(first head, *arrays) of all heads, on a CPU a few at a time.
+
+    The loop is over heads, not rows: rows may be divided over the devices of a mesh.
+    """
+    batch, heads, length, _ = arrays[0].shape
+    divisors = (n for n in range(heads, 0, -1) if heads % n == 0)
+    each = next(n for n in divisors if n == 1 or batch * n * length**2 <= ELEMENTS)
+
+    def whole(*arrays: Array) -> tuple[Array, ...]:
+        return function(0, *arrays)
+
+    def looped(*arrays: Array) -> tuple[Array, ...]:
+        blocks = [x.reshape(batch, heads // each, each, length, -1).swapaxes(0, 1) for x in arrays]
+        found = jax.lax.map(lambda block: function(*block), (jnp.arange(0, heads, each), *blocks))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, heads, length, -1), found)
+
+    if each == heads:
+        return whole(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=looped, default=whole)
+
+
+def _kept(
+    words: Array, first: Array | int, shape: tuple[int, ...], rate: float
+) -> Bool[Array, "B h L L"]:
+    _, heads, length, _ = shape
+    return kept(words, (heads, length, length), rate, first=first * length**2)
+
+
+def _product(subscripts: str, left: Array, right: Array) -> Float[Array, "..."]:
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
+def _transpose(x: Float[Array, "B H L K"]) -> Float[Array, "B H K L"]:
+    return x.swapaxes(2, 3)
+
+
+def _split_heads(x: Float[Array, "B L D"], heads: int) -> Float[Array, "B H L K"]:
+    batch, length, width = x.shape
+    return x.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def _merge_heads(x: Float[Array, "B H L K"]) -> Float[Array, "B L D"]:
+    batch, heads, length, width = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * width)
