@@ -142,7 +142,10 @@ def save_table(*, saves: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder) / "run") as ours:
         ours_cost = save_cost(lambda step: ours.save(step, state), ours.wait, saves=saves)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with tempfile.TemporaryDirectory() as folder, ocp.CheckpointManager(folder, options) as orbax:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ocp.CheckpointManager(folder, options=options) as orbax,
+    ):
         orbax_cost = save_cost(
             lambda step: orbax.save(step, args=ocp.args.StandardSave(state)),
             orbax.wait_until_finished,

@@ -51,9 +51,9 @@ from minilm_jax.train.run_folder import (
     open_run,
     read_json,
     settle,
+    versions,
     write_json,
 )
-from minilm_jax.train.software import software
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation, make_step
 from minilm_jax.train.trackers import check_trackers, open_trackers
@@ -311,7 +311,7 @@ class _Run:
             metadata={
                 "config": describe(config, teacher),
                 "data": train.describe(),
-                "software": software(),
+                "versions": versions(),
             },
         ) as checkpoints:
             state = fit(

@@ -53,8 +53,14 @@ from minilm_jax.train.optimizer import (
     make_optimizer,
     make_schedule,
 )
-from minilm_jax.train.run_folder import METRICS, RESULT, open_run, read_json, write_json
-from minilm_jax.train.software import software
+from minilm_jax.train.run_folder import (
+    METRICS,
+    RESULT,
+    open_run,
+    read_json,
+    versions,
+    write_json,
+)
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
 
@@ -304,7 +310,7 @@ class _Training:
         checkpoints = Checkpoints(
             self.config.output / "checkpoints",
             keep=2,
-            metadata={"config": self.described, "software": software()},
+            metadata={"config": self.described, "versions": versions()},
         )
         goodput = Goodput(self.config.output / GOODPUT)
         try:

@@ -17,7 +17,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from minilm_jax.errors import CheckpointError
 from minilm_jax.train.hosts import any_process, wait_for_all, writes
-from minilm_jax.train.run_folder import differences
 from minilm_jax.train.state import TrainState
 
 CHECKSUMS, HELDOUT = "checksums", "heldout"
@@ -119,9 +118,6 @@ class Checkpoints:
     def restore(self, state: TrainState, shardings: TrainState) -> TrainState | None:
         """Returns the latest readable state placed as `shardings` say, None where there is none.
 
-        What differs between the checkpoint's metadata and this run's is a warning: whoever must
-        not change something refuses it before.
-
         Args:
           state: a state of the right structure, shapes and dtypes; its values are not read.
           shardings: a tree of shardings like `state`.
@@ -136,7 +132,6 @@ class Checkpoints:
             if not any_process(read is None):
                 damage = _difference(read)
                 if not damage:
-                    self._compare(step)
                     return TrainState(**{name: read[name] for name in TrainState._fields})
             self._set_aside(step, damage or "by another process")
         if begun:
@@ -167,17 +162,6 @@ class Checkpoints:
                 "--train.export last --override train.export exports the last one"
             )
         return step, TrainState(**{name: read[name] for name in TrainState._fields})
-
-    def _compare(self, step: int) -> None:
-        """Warns where a checkpoint was computed from or with something else than this run."""
-        written = self._manager.metadata(step).custom_metadata or {}
-        changed = [line for _, line in differences(written, self._metadata)]
-        if written and changed:
-            log.warning(
-                "the checkpoint of step %d was computed with something else: %s",
-                step,
-                "; ".join(changed),
-            )
 
     def _read(self, step: int, target: TrainState) -> tuple[Any, str]:
         """Returns what the step holds, or None and why it cannot be read."""

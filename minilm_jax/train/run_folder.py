@@ -66,12 +66,17 @@ def open_run(
 
 def _note_versions(path: Path) -> None:
     """Writes what the run is computed with; warns of each change since its last start."""
-    versions = {name: metadata.version(name) for name in LIBRARIES}
-    versions = {"python": platform.python_version(), "revision": _revision(), **versions}
-    before = read_json(path) if path.exists() else versions
-    for _, change in differences(before, versions):
+    found = versions()
+    before = read_json(path) if path.exists() else found
+    for _, change in differences(before, found):
         log.warning("%s, since the last start of this run: its numbers may change", change)
-    write_json(path, versions)
+    write_json(path, found)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python, the libraries and this package, and its git revision."""
+    found = {name: metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "revision": _revision(), **found}
 
 
 def _revision() -> str:

@@ -98,7 +98,7 @@ def test_the_best_average_is_what_is_evaluated_and_exported(config):
     assert saved["config"]["optimizer"]["ema_decay"] == 0.5
     assert len(saved["config"]["fingerprints"]["teacher"]) == 64
     assert saved["data"] == json.loads((config.output / "data.json").read_text())
-    assert saved["software"]["jax"] == jax.__version__
+    assert saved["versions"]["jax"] == jax.__version__
 
 
 def test_minilmv2_with_other_heads_and_a_lower_layer(config):

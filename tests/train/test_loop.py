@@ -7,9 +7,7 @@ import json
 import math
 import os
 import signal
-import subprocess
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +24,6 @@ from minilm_jax.train.loop import Stopped, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor, plot_loss
 from minilm_jax.train.optimizer import with_average
 from minilm_jax.train.profile import Profile
-from minilm_jax.train.software import software
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
 
@@ -60,7 +57,6 @@ def run(
     on_batch=None,
     optimizer=ADAM,
     evaluate=None,
-    metadata=None,
     **config,
 ):
     """One start of the run in `folder`; returns its final state."""
@@ -83,7 +79,6 @@ def run(
         folder / "checkpoints",
         keep=config.keep,
         keep_best=config.evaluate_every > 0,
-        metadata=metadata,
     )
     try:
         return fit(
@@ -238,38 +233,6 @@ def test_without_evaluations_there_is_no_best(tmp_path, whole):
         checkpoints.restore_best(whole[0], Devices().shardings(whole[0]))
     with pytest.raises(ConfigError, match=r"needs train\.evaluate_every"):
         TrainConfig(export="best")
-
-
-def test_other_software_on_resume_is_a_warning_with_the_difference(tmp_path, whole, caplog):
-    def start(jax_version, **settings):
-        metadata = {"config": {"seed": 1}, "software": {"jax": jax_version, "revision": None}}
-        return run(tmp_path, metadata=metadata, **settings)
-
-    def stop(step):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Stopped):
-        start("0.10.2", on_batch=stop)
-    assert_same(start("0.12.0"), whole[0])
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("minilm")]
-    assert ours == [
-        "the checkpoint of step 5 was computed with something else: "
-        'software.jax: "0.10.2" -> "0.12.0"'
-    ]
-    caplog.clear()
-    start("0.12.0")
-    assert "something else" not in caplog.text
-
-
-def test_the_software_is_named_to_the_commit():
-    found = software()
-    assert found["jax"] == jax.__version__
-    assert found["orbax-checkpoint"]
-    root = Path(__file__).parents[2]
-    if (root / ".git").exists():
-        head = subprocess.check_output(["git", "-C", str(root), "rev-parse", "HEAD"], text=True)
-        assert found["revision"].removesuffix("-dirty") == head.strip()
 
 
 def test_a_profile_is_a_file_and_changes_nothing(tmp_path, whole):
