@@ -366,7 +366,7 @@ def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
             "text.source is tokenised by one process: with several, make it once with "
             "minilm-jax prepare and give text.corpora"
         )
-    devices = Devices(config.train.lift, fsdp=config.train.fsdp)
+    devices = Devices(config.train.lift, fsdp=config.train.fsdp, count=config.train.devices)
     devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
     if config.teacher.shape is not None:
         # What the shape alone tells needs no download.
@@ -487,7 +487,7 @@ def describe(config: DistillConfig, teacher: Model) -> dict[str, Any]:
     # Where a run lies, who watches it and which changes it forgives is not what it is.
     for name in ("override", "output"):
         plain.pop(name)
-    for name in ("hosts", "trackers", "profile"):
+    for name in ("hosts", "devices", "trackers", "profile"):
         plain["train"].pop(name)
     return {**plain, "fingerprints": {"teacher": teacher.fingerprint}}
 

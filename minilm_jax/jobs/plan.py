@@ -119,7 +119,8 @@ def run(config: PlanConfig, *, say: Callable[[str], None] = print) -> tuple[Plan
     stages = config.run.stages() if isinstance(config.run, ChainConfig) else (config.run,)
     plans = []
     for stage in stages:
-        devices = Devices(stage.train.lift, fsdp=stage.train.fsdp, devices=found)
+        train = stage.train
+        devices = Devices(train.lift, fsdp=train.fsdp, count=train.devices, devices=found)
         plans.append(
             make_plan(stage, devices, hardware=config.hardware, efficiency=config.efficiency)
         )

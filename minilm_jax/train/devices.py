@@ -27,14 +27,25 @@ class Devices:
     """
 
     def __init__(
-        self, lift: Lift = "pmap", *, fsdp: int = 1, devices: list[Any] | None = None
+        self,
+        lift: Lift = "pmap",
+        *,
+        fsdp: int = 1,
+        count: int | None = None,
+        devices: list[Any] | None = None,
     ) -> None:
-        """Takes the devices of all processes of the run unless given some."""
+        """Takes `count` of the devices of the run's processes unless given some; None is all."""
         self.lift = lift
         if devices is None:
             # By process, so that a process's rows of the batch are neighbours.
             devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-        self.devices = devices
+        if count is not None and count > len(devices):
+            raise ConfigError(f"devices={count}: there are {len(devices)}")
+        if count is not None and count < len(devices) and jax.process_count() > 1:
+            raise ConfigError(
+                f"devices={count}: several processes use all of their {len(devices)} devices"
+            )
+        self.devices = devices[:count]
         if lift == "pmap" and fsdp != 1:
             raise ConfigError(f"fsdp={fsdp} needs lift=mesh: pmap replicates the parameters")
         if len(self.devices) % fsdp:

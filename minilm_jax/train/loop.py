@@ -37,6 +37,8 @@ class TrainConfig:
     """pmap: data parallel. mesh: jit over data × fsdp."""
     fsdp: int = 1
     """Devices a parameter is sharded over; needs lift=mesh."""
+    devices: int | None = None
+    """How many devices to take; all where absent."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite ends the run, or its update is skipped."""
     log_every: int = 100
@@ -66,6 +68,8 @@ class TrainConfig:
             )
         if self.export == "best" and not self.evaluate_every:
             raise ConfigError("train.export=best needs train.evaluate_every: nothing is compared")
+        if self.devices is not None and self.devices < 1:
+            raise ConfigError(f"train.devices must be at least 1, got {self.devices}")
         if self.profile is not None and min(self.profile) < 1:
             raise ConfigError(
                 "train.profile is (first step from 1, number of steps), got "

@@ -40,7 +40,7 @@ def config(tmp_path, tiny_teacher, text_file):
         objective=minilm(),
         batch=BatchConfig(batch_size=8, sequence_length=32),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
-        train=TrainConfig(steps=30, log_every=5, save_every=10),
+        train=TrainConfig(steps=30, log_every=5, save_every=10, devices=1),
     )
 
 
@@ -145,12 +145,12 @@ def test_a_run_stopped_by_a_signal_continues_to_the_same_student(config, tmp_pat
         assert (tmp_path / "stopped" / name).read_bytes() == expected, name
 
 
-def test_eight_devices_train_the_same_student_as_one(config, monkeypatch):
-    config = dataclasses.replace(config, train=TrainConfig(steps=8, log_every=4, save_every=8))
-    many, _ = run(config)
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: first)
-    one, _ = run(dataclasses.replace(config, output=config.output.with_name("one")))
+def test_eight_devices_train_the_same_student_as_one(config):
+    train = TrainConfig(steps=8, log_every=4, save_every=8)
+    many, _ = run(dataclasses.replace(config, train=train))
+    train = dataclasses.replace(train, devices=1)
+    output = config.output.with_name("one")
+    one, _ = run(dataclasses.replace(config, output=output, train=train))
     assert many.heldout == pytest.approx(one.heldout, rel=1e-4)
 
 
@@ -160,7 +160,14 @@ def test_eight_devices_train_the_same_student_as_one(config, monkeypatch):
         ({"teacher": TeacherConfig(source="no/such/folder/x")}, "no/such/folder/x"),
         ({"student": StudentConfig(num_attention_heads=6)}, "4 attention heads, the student 6"),
         ({"student": StudentConfig(hidden_size=25, num_attention_heads=4)}, "does not divide"),
-        ({"batch": BatchConfig(batch_size=9, sequence_length=32)}, "batch_size=9"),
+        (
+            {
+                "batch": BatchConfig(batch_size=9, sequence_length=32),
+                "train": TrainConfig(steps=30, devices=2),
+            },
+            "batch_size=9",
+        ),
+        ({"train": TrainConfig(steps=30, devices=9)}, "devices=9: there are 8"),
         ({"batch": BatchConfig(batch_size=8, sequence_length=65)}, "64 positions"),
         ({"optimizer": OptimizerConfig(warmup_steps=50)}, "warmup_steps=50"),
         ({"train": TrainConfig(steps=30, accumulate=3)}, "3 micro-batches"),
