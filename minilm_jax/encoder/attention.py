@@ -76,7 +76,8 @@ class Affine(nn.Module):
         """Returns (kernel, bias), initialised as `dense` does."""
         init = nn.initializers.truncated_normal(self.config.initializer_range)
         kernel = self.param("kernel", init, (width, width), jnp.float32)
-        return kernel, self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+        return jnp.asarray(kernel), jnp.asarray(bias)  # numpy, where they were just read
 
 
 def dense(
