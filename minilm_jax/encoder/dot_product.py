@@ -167,8 +167,10 @@ def _over_heads(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> t
     The loop is over heads, not rows: rows may be divided over the devices of a mesh.
     """
     batch, heads, length, _ = arrays[0].shape
-    divisors = (n for n in range(heads, 0, -1) if heads % n == 0)
-    each = next(n for n in divisors if n == 1 or batch * n * length**2 <= ELEMENTS)
+    each = heads
+    if isinstance(batch * length, int):  # those of an exported program may be symbols
+        divisors = (n for n in range(heads, 0, -1) if heads % n == 0)
+        each = next(n for n in divisors if n == 1 or batch * n * length**2 <= ELEMENTS)
 
     def whole(*arrays: Array) -> tuple[Array, ...]:
         return function(0, *arrays)
