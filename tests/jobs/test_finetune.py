@@ -27,6 +27,7 @@ from minilm_jax.train.optimizer import OptimizerConfig
 
 LENGTHS = LengthConfig(max_length=64, max_query_length=24, doc_stride=16)
 FAST = OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.0)
+STEADY = dataclasses.replace(FAST, warmup_steps=10)  # for what must learn, whatever dropout draws
 
 
 def quiet(_):
@@ -164,12 +165,12 @@ def test_every_glue_task_from_files_to_table_and_submission(official, bert, tmp_
 
 
 def test_a_task_that_can_be_learnt_is(official, bert, tmp_path):
-    config = make("sst2", bert, official, tmp_path / "run", steps=40)
-    schedule = dataclasses.replace(config.schedule, evaluate_every=10)
+    config = make("sst2", bert, official, tmp_path / "run", steps=120, optimizer=STEADY)
+    schedule = dataclasses.replace(config.schedule, evaluate_every=40)
     result = finetune.run(dataclasses.replace(config, schedule=schedule), say=quiet)
     assert result.scores["dev-en"]["accuracy"] == 100.0
     records = json.loads((tmp_path / "run/evaluations.json").read_text())
-    assert [record["step"] for record in records] == [10, 20, 30, 40]
+    assert [record["step"] for record in records] == [40, 80, 120]
 
 
 @pytest.mark.parametrize("family", ["minilm", "xlmr"])
@@ -393,7 +394,8 @@ def test_own_texts_keep_their_class_names(bert, tmp_path):
     train = write_tsv(tmp_path / "train.tsv", ("text", "label"), *rows)
     test = write_tsv(tmp_path / "test.tsv", ("text", "label"), *rows[:5])
     data = TaskData(train=train, dev=train, test=test)
-    result = finetune.run(make("texts", bert, data, tmp_path / "run", steps=150), say=quiet)
+    config = make("texts", bert, data, tmp_path / "run", steps=300, optimizer=STEADY)
+    result = finetune.run(config, say=quiet)
     assert result.scores == {"test-en": {"accuracy": 100.0, "macro_f1": 100.0}}
     text = (tmp_path / "run/predictions/texts-test.tsv").read_text()
     assert text == "id\tprediction\n0\tLike\n1\tDislike\n2\tOther\n3\tLike\n4\tDislike\n"
