@@ -47,7 +47,8 @@ def main() -> None:
         print(table(found))
         return
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_exec_time_optimization_effort", options.effort)
+    if options.effort:  # a setting that jax 0.12 has no more
+        jax.config.update("jax_exec_time_optimization_effort", options.effort)
     for lift in options.lifts:
         for hardware in options.hardware:
             for name, config in runs():
