@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from minilm_jax.errors import CheckpointError
+from minilm_jax.train.checksums import check_files, write_checksums
 from minilm_jax.train.hosts import any_process, wait_for_all, writes
 from minilm_jax.train.state import TrainState
 
-CHECKSUMS, HELDOUT = "checksums", "heldout"
-FOLDS = 12
-"""Slices of an array that are summed at once; from 16 on XLA no longer makes one loop of them."""
+HELDOUT = "heldout"
+_ITEM = "default"
+"""What Orbax calls the only thing a step holds, and the folder it is in."""
 log = logging.getLogger(__name__)
 
 
@@ -29,7 +29,7 @@ class Checkpoints:
     """The checkpoints of one run, in one folder, written by Orbax.
 
     Orbax commits a step by renaming its finished folder, so a killed save leaves only a temporary
-    folder, removed at the next start. Each holds checksums of its arrays beside them. A step that
+    folder, removed at the next start. Each holds checksums of its files beside them. A step that
     cannot be read back as it was written is set aside with a warning and the one before it is used.
 
     Where the run has several processes, all of them call each method, and share the folder.
@@ -72,7 +72,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add(_ITEM, ocp.args.StandardSave, _Sealed())
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, handler_registry=handlers
+        )
 
     def check_space(self, state: TrainState) -> None:
         """Raises CheckpointError unless the disk has room for all states the run will keep.
@@ -103,7 +107,7 @@ class Checkpoints:
         with self._explained():
             saved = self._manager.save(
                 step,
-                args=ocp.args.StandardSave(_sealed(state)),
+                args=ocp.args.StandardSave(state._asdict()),
                 metrics=None if heldout is None else {HELDOUT: heldout},
                 custom_metadata=self._metadata,
             )
@@ -131,11 +135,9 @@ class Checkpoints:
         begun = self._manager.latest_step() is not None
         while (step := self._manager.latest_step()) is not None:
             read, damage = self._read(step, target)
-            if not any_process(read is None):
-                damage = _difference(read)
-                if not damage:
-                    return TrainState(**{name: read[name] for name in TrainState._fields})
-            self._set_aside(step, damage or "by another process")
+            if read is not None:
+                return read
+            self._set_aside(step, damage)
         if begun:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint can be read, see the warnings above; they were kept "
@@ -156,34 +158,31 @@ class Checkpoints:
         if step is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint with a held-out loss")
         read, damage = self._read(step, _target(state, shardings))
-        if not any_process(read is None):
-            damage = _difference(read)
-        if any_process(bool(damage)):
+        if read is None:
             raise CheckpointError(
                 f"{self.folder}: the best checkpoint, of step {step}, cannot be read ({damage}); "
                 "--train.export last --override train.export exports the last one"
             )
-        return step, TrainState(**{name: read[name] for name in TrainState._fields})
+        return step, read
 
-    def _read(self, step: int, target: TrainState) -> tuple[Any, str]:
-        """Returns what the step holds, or None and why it cannot be read."""
+    def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str]:
+        """Returns what the step holds, or None and why it cannot be read; the same everywhere."""
         mine = jax.process_index()
         # Alone: a process that fails must not leave the others waiting for it inside Orbax.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process{mine}"
         )
         options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-        sums = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.step.sharding),
-            jax.eval_shape(_checksums, target._asdict()),
-        )
+        read, damage = None, "by another process"
         try:
+            # A share, because what one finds counts for all.
+            check_files(self.folder / str(step) / _ITEM, part=mine, parts=jax.process_count())
             with ocp.CheckpointManager(self.folder, options=options) as manager:
-                return manager.restore(
-                    step, args=ocp.args.StandardRestore({**target._asdict(), CHECKSUMS: sums})
-                ), ""
+                found = manager.restore(step, args=ocp.args.StandardRestore(target._asdict()))
+            read = TrainState(**found)
         except Exception as error:
-            return None, _first_line(error)
+            damage = _first_line(error)
+        return (None, damage) if any_process(read is None) else (read, "")
 
     def check(self) -> None:
         """Raises CheckpointError where the last save has failed; waits for none that runs."""
@@ -233,6 +232,19 @@ class Checkpoints:
         self._manager.reload()
 
 
+class _Sealed(ocp.StandardCheckpointHandler):
+    """Adds the checksums of the files, once all processes have written theirs.
+
+    Orbax calls this in the thread that saves, on one process, before it renames the folder: the
+    step is not complete without them, and training does not wait for them.
+    """
+
+    def finalize(self, directory: Any) -> None:
+        """Completes the files beneath `directory`, then sums them."""
+        super().finalize(directory)
+        write_checksums(Path(directory))
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
@@ -251,71 +263,29 @@ def _target(state: TrainState, shardings: TrainState) -> TrainState:
     )
 
 
-def _sealed(state: TrainState) -> dict[str, Any]:
-    """Returns what is written: the state, and beside it the checksum of each array."""
-    return {**state._asdict(), CHECKSUMS: _checksums(state._asdict())}
-
-
-def _difference(read: dict[str, Any]) -> str:
-    """Returns which array is not what was written, "" where all are."""
-    arrays = {name: value for name, value in read.items() if name != CHECKSUMS}
-    found, written = jax.device_get((_checksums(arrays), read[CHECKSUMS]))
-    for name, sums in found.items():
-        paths = [path for path, _ in jax.tree.leaves_with_path({name: arrays[name]})]
-        for path, now, then in zip(paths, sums, written[name], strict=True):
-            if now != then:
-                return f"{jax.tree_util.keystr(path)} has a wrong checksum"
-    return ""
-
-
-@jax.jit
-def _checksums(trees: dict[str, Any]) -> dict[str, jax.Array]:
-    """Returns for each array of each tree a sum modulo 2³² of its bits, the same on any devices.
-
-    Orbax's files of arrays have none of their own: a flipped bit would pass for a parameter. The
-    weights are odd, so that no change of a single element leaves the sum as it was. One vector a
-    tree, because every array more is more for training to wait for.
-    """
-
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        position = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            position = position * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        weighted = bits.astype(jnp.uint32) * (2 * position + 1)
-        # XLA's CPU backend adds slices far faster than it reduces an axis, and training waits.
-        rows = x.shape[0] // FOLDS if x.ndim else 0
-        folded = [weighted[i * rows : (i + 1) * rows] for i in range(FOLDS)] if rows else []
-        parts = [sum(folded[1:], folded[0]), weighted[FOLDS * rows :]] if folded else [weighted]
-        return sum((jnp.sum(x, dtype=jnp.uint32) for x in parts), jnp.uint32(0))
-
-    return {
-        name: jnp.stack([checksum(x) for x in jax.tree.leaves(tree)])
-        for name, tree in trees.items()
-        if jax.tree.leaves(tree)  # plain SGD carries nothing
-    }
-
-
 def read_params(folder: Path, params: Any) -> Any:
     """Returns only the parameters of the latest checkpoint, for fine-tuning and export.
 
     Args:
       folder: a run's `checkpoints` folder.
       params: a tree of the right structure (arrays or ShapeDtypeStructs).
+
+    Raises:
+      CheckpointError: there is no complete checkpoint, or a file of it is damaged.
     """
     with ocp.CheckpointManager(folder.absolute()) as manager:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{folder} holds no complete checkpoint")
+        try:
+            check_files(folder / str(step) / _ITEM)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}, step {step}: {error}") from None
         target = {"params": params}
-        target[CHECKSUMS] = jax.eval_shape(_checksums, target)
         # As numpy: where they go is the caller's business, not the saving run's.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
         read = manager.restore(
             step,
             args=ocp.args.PyTreeRestore(target, restore_args=as_numpy, partial_restore=True),
         )
-    damage = _difference(read)
-    if damage:
-        raise CheckpointError(f"{folder}, step {step}: {damage}")
     return read["params"]
