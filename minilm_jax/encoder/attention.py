@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.encoder.dense import Dense, affine
 from minilm_jax.encoder.dot_product import dot_product_attention
 from minilm_jax.encoder.dropout import row_words
 
@@ -34,15 +35,18 @@ class SelfAttention(nn.Module):
 
     def setup(self) -> None:
         """Declares the four dense layers."""
-        self.query, self.key, self.value = (Affine(self.config) for _ in range(3))
-        self.output = dense(self.config.hidden_size, self.config, self.dtype)
+        width = self.config.hidden_size
+        self.query, self.key, self.value, self.output = (
+            Dense(width, self.config, self.dtype) for _ in range(4)
+        )
 
     def project(self, hidden: Float[Array, "B L D"]) -> Projections:
         """Returns queries, keys and values with heads merged."""
-        layers = [layer(hidden.shape[-1]) for layer in (self.query, self.key, self.value)]
+        width, layers = hidden.shape[-1], (self.query, self.key, self.value)
+        parameters = [layer.parameters(width) for layer in layers]
         # One product three times as wide keeps matrix units and caches busier than three.
-        kernel, bias = (jnp.concatenate(part, axis=-1) for part in zip(*layers, strict=True))
-        projected = hidden.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        kernel, bias = (jnp.concatenate(part, axis=-1) for part in zip(*parameters, strict=True))
+        projected = affine(hidden, kernel, bias, dtype=self.dtype)
         return Projections(*jnp.split(projected, 3, axis=-1))
 
     def attend(
@@ -64,25 +68,3 @@ class SelfAttention(nn.Module):
             words=row_words(self.make_rng("dropout"), rows) if drops else None,
         )
         return self.output(mixed)
-
-
-class Affine(nn.Module):
-    """The parameters of a square dense layer, for a caller that multiplies several at once."""
-
-    config: EncoderConfig
-
-    @nn.compact
-    def __call__(self, width: int) -> tuple[Float[Array, "D D"], Float[Array, " D"]]:
-        """Returns (kernel, bias), initialised as `dense` does."""
-        init = nn.initializers.truncated_normal(self.config.initializer_range)
-        kernel = self.param("kernel", init, (width, width), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
-        return jnp.asarray(kernel), jnp.asarray(bias)  # numpy, where they were just read
-
-
-def dense(
-    features: int, config: EncoderConfig, dtype: DTypeLike, name: str | None = None
-) -> nn.Dense:
-    """Returns a dense layer as BERT initialises it: truncated normal kernel, zero bias."""
-    init = nn.initializers.truncated_normal(config.initializer_range)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)

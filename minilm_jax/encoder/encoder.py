@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minilm_jax.encoder.attention import Projections, SelfAttention, dense
+from minilm_jax.encoder.attention import Projections, SelfAttention
 from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.dense import Dense
 from minilm_jax.encoder.dropout import RowDropout
 
 
@@ -238,8 +239,8 @@ class FeedForward(nn.Module):
 
     def setup(self) -> None:
         """Declares the two dense layers."""
-        self.up = dense(self.config.intermediate_size, self.config, self.dtype)
-        self.down = dense(self.config.hidden_size, self.config, self.dtype)
+        self.up = Dense(self.config.intermediate_size, self.config, self.dtype)
+        self.down = Dense(self.config.hidden_size, self.config, self.dtype)
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Returns down(act(up(hidden)))."""

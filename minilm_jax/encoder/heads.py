@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minilm_jax.encoder.attention import dense
 from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.encoder.dense import Dense
 from minilm_jax.encoder.dropout import RowDropout
 from minilm_jax.encoder.encoder import ACTIVATIONS, layer_norm
 
@@ -30,7 +30,7 @@ class Pooler(nn.Module):
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B D"]:
         """Returns one vector per row."""
         return jnp.tanh(
-            dense(self.config.hidden_size, self.config, self.dtype, "dense")(hidden[:, 0])
+            Dense(self.config.hidden_size, self.config, self.dtype, name="dense")(hidden[:, 0])
         )
 
 
@@ -55,7 +55,7 @@ class MaskedLM(nn.Module):
             # RoBERTa's head has its own GELU whatever hidden_act says.
             fixed = config.model_type in ("roberta", "xlm-roberta")
             activation = ACTIVATIONS["gelu" if fixed else config.hidden_act]
-            hidden = activation(dense(config.hidden_size, config, self.dtype, "dense")(hidden))
+            hidden = activation(Dense(config.hidden_size, config, self.dtype, name="dense")(hidden))
             hidden = layer_norm(config, self.dtype, "norm")(hidden)
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
         logits = jnp.einsum(
@@ -76,7 +76,7 @@ class NextSentence(nn.Module):
     @nn.compact
     def __call__(self, pooled: Float[Array, "B D"]) -> Float[Array, "B 2"]:
         """Returns the logits of "B follows A" and "B is random"."""
-        return dense(2, self.config, self.dtype, "output")(pooled)
+        return Dense(2, self.config, self.dtype, name="output")(pooled)
 
 
 class SequenceClassifier(nn.Module):
@@ -109,9 +109,9 @@ class SequenceClassifier(nn.Module):
             first = drop(first, rows=rows, deterministic=deterministic)
         if family != "xlm":
             squash = jax.nn.relu if family == "distilbert" else jnp.tanh
-            first = squash(dense(config.hidden_size, config, self.dtype, "dense")(first))
+            first = squash(Dense(config.hidden_size, config, self.dtype, name="dense")(first))
             first = drop(first, rows=rows, deterministic=deterministic)
-        return dense(self.classes, config, self.dtype, "output")(first)
+        return Dense(self.classes, config, self.dtype, name="output")(first)
 
 
 class TokenClassifier(nn.Module):
@@ -133,7 +133,7 @@ class TokenClassifier(nn.Module):
     ) -> Float[Array, "B L C"]:
         """Returns logits; `rows` is needed unless deterministic, as in the encoder."""
         hidden = _Drop(self.dropout, self.config)(hidden, rows=rows, deterministic=deterministic)
-        return dense(self.classes, self.config, self.dtype, "output")(hidden)
+        return Dense(self.classes, self.config, self.dtype, name="output")(hidden)
 
 
 class SpanLogits(NamedTuple):
@@ -152,7 +152,7 @@ class Span(nn.Module):
     @nn.compact
     def __call__(self, hidden: Float[Array, "B L D"]) -> SpanLogits:
         """Returns start and end logits; padding is the caller's to mask."""
-        logits = dense(2, self.config, self.dtype, "output")(hidden)
+        logits = Dense(2, self.config, self.dtype, name="output")(hidden)
         return SpanLogits(start=logits[..., 0], end=logits[..., 1])
 
 
