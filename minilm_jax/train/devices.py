@@ -35,7 +35,6 @@ class Devices:
         devices: list[Any] | None = None,
     ) -> None:
         """Takes `count` of the devices of the run's processes unless given some; None is all."""
-        self.lift = lift
         if devices is None:
             # By process, so that a process's rows of the batch are neighbours.
             devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -50,6 +49,9 @@ class Devices:
             raise ConfigError(f"fsdp={fsdp} needs lift=mesh: pmap replicates the parameters")
         if len(self.devices) % fsdp:
             raise ConfigError(f"fsdp={fsdp} does not divide {len(self.devices)} devices")
+        if len(self.devices) == 1:
+            lift = "mesh"  # One jit. A pmap would sum over its one device: copy every gradient.
+        self.lift = lift
         names = ("data",) if lift == "pmap" else ("data", "fsdp")
         grid = np.array(self.devices).reshape((-1,) if lift == "pmap" else (-1, fsdp))
         # make_mesh's default axes are Explicit and break nn.Embed under jit.
