@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loop import STEPS, assert_same, batch_at, run
+from small_run import STEPS, assert_same, batch_at, run
 
 from minilm_jax.errors import CheckpointError, UserError
 from minilm_jax.train.checkpoint import Checkpoints, read_params

@@ -1,15 +1,10 @@
 """Two processes on loopback: the numbers of one, and a sentence where one is missing."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import optax
 import pytest
+from processes import HERE, free_port, start
 from ragged_problem import make_problem, ragged_loss
 
 from minilm_jax.errors import ConfigError, UserError
@@ -17,26 +12,6 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.hosts import HostsConfig, any_process, join, writes
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
-
-HERE = Path(__file__).parent
-
-
-def free_port():
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
-
-
-def start(*arguments):
-    command = [sys.executable, *map(str, arguments)]
-    root = str(HERE.parents[1])
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([root, str(HERE)])},
-    )
 
 
 @pytest.mark.parametrize("lift,fsdp", [("pmap", 1), ("mesh", 2)])

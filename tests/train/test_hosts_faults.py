@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from test_hosts import HERE, free_port, start
+from processes import HERE, free_port, start
 
 STEPS = 40
 
