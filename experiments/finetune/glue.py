@@ -22,6 +22,7 @@ from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig, SweepConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TaskData
 from minilm_jax.tasks.features import LengthConfig
+from minilm_jax.train.loop import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 config = FinetuneConfig(
@@ -50,6 +51,7 @@ smoke = dataclasses.replace(
     config,
     batch=RowConfig(batch_size=8),
     compute=Compute(),
-    schedule=ScheduleConfig(max_steps=4, evaluate_every=2, log_every=1),
+    schedule=ScheduleConfig(max_steps=4, evaluate_every=2),
+    train=EngineConfig(log_every=1),
     limit=32,
 )

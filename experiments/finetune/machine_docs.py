@@ -24,6 +24,7 @@ from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TaskData
 from minilm_jax.tasks.features import LengthConfig
+from minilm_jax.train.loop import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 FOLDER = Path("runs/machine_docs")
@@ -89,14 +90,16 @@ config = FinetuneConfig(
     lengths=LengthConfig(max_length=64),
     batch=RowConfig(batch_size=32),
     optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=10, eps=1e-8, weight_decay=0.0),
-    schedule=ScheduleConfig(epochs=2, log_every=10),
+    schedule=ScheduleConfig(epochs=2),
+    train=EngineConfig(log_every=10),
 )
 random = dataclasses.replace(config, init="random", output=FOLDER / "random")
 smoke = dataclasses.replace(
     config,
     output=FOLDER / "smoke",
     batch=RowConfig(batch_size=8),
-    schedule=ScheduleConfig(max_steps=12, evaluate_every=6, log_every=2),
+    schedule=ScheduleConfig(max_steps=12, evaluate_every=6),
+    train=EngineConfig(log_every=2),
     limit=64,
 )
 

@@ -21,6 +21,7 @@ from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TaskData
 from minilm_jax.tasks.features import LengthConfig
+from minilm_jax.train.loop import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 config = FinetuneConfig(
@@ -46,6 +47,7 @@ smoke = dataclasses.replace(
     batch=RowConfig(batch_size=8),
     compute=Compute(),
     lengths=LengthConfig(max_length=96, max_query_length=32, doc_stride=32),
-    schedule=ScheduleConfig(max_steps=4, evaluate_every=2, log_every=1),
+    schedule=ScheduleConfig(max_steps=4, evaluate_every=2),
+    train=EngineConfig(log_every=1),
     limit=32,
 )

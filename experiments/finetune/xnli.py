@@ -21,6 +21,7 @@ from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig, SweepConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, TaskData
 from minilm_jax.tasks.features import LengthConfig
+from minilm_jax.train.loop import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 config = FinetuneConfig(
@@ -44,6 +45,7 @@ smoke = dataclasses.replace(
     batch=RowConfig(batch_size=8),
     compute=Compute(),
     optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
-    schedule=ScheduleConfig(max_steps=4, evaluate_every=2, log_every=1),
+    schedule=ScheduleConfig(max_steps=4, evaluate_every=2),
+    train=EngineConfig(log_every=1),
     limit=32,
 )

@@ -5,7 +5,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ from minilm_jax.convert.model import Model
 from minilm_jax.data.batches import BatchConfig, Batches
 from minilm_jax.data.corpus import Corpus
 from minilm_jax.data.masking import Masking
-from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource, read_documents
 from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
@@ -30,33 +28,37 @@ from minilm_jax.distill.student import StudentConfig, init_student, student_enco
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError
+from minilm_jax.jobs import running
+from minilm_jax.jobs.running import (
+    describe,
+    join_hosts,
+    open_checkpoints,
+    open_devices,
+    open_goodput,
+    own_folder,
+)
 from minilm_jax.reductions import Loss
-from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.flops import gradient_flops
-from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.hosts import join, wait_for_all, writes
-from minilm_jax.train.loop import TrainConfig, fit
-from minilm_jax.train.monitor import Monitor, plot_loss
+from minilm_jax.train.goodput import Goodput
+from minilm_jax.train.hosts import wait_for_all, writes
+from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import (
     OptimizerConfig,
     evaluated_params,
     make_optimizer,
     make_schedule,
 )
-from minilm_jax.train.profile import PROFILE, Profile
 from minilm_jax.train.run_folder import (
     METRICS,
     RESULT,
-    open_run,
     read_json,
     settle,
-    versions,
     write_json,
 )
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation, make_step
-from minilm_jax.train.trackers import check_trackers, open_trackers
 
 PLOT, STUDENT = "loss.png", "student"
 EXPORTED_HEADS = ("mlm",)
@@ -179,9 +181,7 @@ def run(
     Everything that can be checked is checked before the first step.
     """
     first = config.assistant if isinstance(config, ChainConfig) else config
-    join(first.train.hosts, say=say)
-    if not writes():
-        say = _nothing
+    say = join_hosts(first.train, say)
     if isinstance(config, ChainConfig):
         assistant, student = config.stages()
         say("— teacher assistant —")
@@ -192,10 +192,6 @@ def run(
         say("\n— student —")
         return _prepare(student, say).finish()
     return _prepare(config, say).finish()
-
-
-def _nothing(_: str) -> None:
-    """Stands for `print` in the processes that are not the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +210,8 @@ class _Run:
     def finish(self) -> DistillResult:
         """Returns the result, computed or read."""
         config, began = self.config, time.monotonic()
-        described = describe(config, self.teacher)
-        owned = open_run(config.output, described, override=config.override)
-        with owned if writes() else nullcontext():
+        described = describe(config, teacher=self.teacher.fingerprint)
+        with own_folder(config.output, described, override=config.override):
             if (config.output / RESULT).exists():
                 result = DistillResult(**read_json(config.output / RESULT))
                 self.say(
@@ -224,7 +219,7 @@ class _Run:
                 )
             else:
                 self.say(_opening(config, self.teacher.config, self.shape, self.devices))
-                goodput = Goodput(config.output / GOODPUT if writes() else None, began=self.began)
+                goodput = open_goodput(config.output, began=self.began)
                 result = self._export(*self._train(goodput), began)
                 self.say(f"\ntime     {goodput.account()}")
             _summarise(result, config, self.say)
@@ -304,48 +299,27 @@ class _Run:
             accumulate=config.train.accumulate,
             nonfinite=config.train.nonfinite,
         )
-        with Checkpoints(
-            config.output / "checkpoints",
-            keep=config.train.keep,
+        described = describe(config, teacher=teacher.fingerprint)
+        with open_checkpoints(
+            config.output,
+            config.train,
+            metadata={"config": described, "data": train.describe()},
             keep_best=config.train.evaluate_every > 0,
-            metadata={
-                "config": describe(config, teacher),
-                "data": train.describe(),
-                "versions": versions(),
-            },
         ) as checkpoints:
-            state = fit(
+            state = running.train(
                 devices.lift_step(train_step),
                 create_state(start(), optimizer),
                 frozen,
-                # Placed by the thread that makes it: the copy overlaps with the step before.
-                lambda first: Prefetch(
-                    lambda number: devices.place_batch(mask(train.at(number, rows=rows), number)),
-                    start=first,
-                    stop=config.train.steps,
-                ),
+                lambda number: mask(train.at(number, rows=rows), number),
+                output=config.output,
                 config=config.train,
+                described=described,
                 devices=devices,
                 checkpoints=checkpoints,
-                make_monitor=lambda first: Monitor(
-                    config.output / METRICS,
-                    steps=config.train.steps,
-                    first_step=first,
-                    devices=devices.devices,
-                    trackers=open_trackers(
-                        config.train.trackers,
-                        config.output,
-                        config=describe(config, teacher),
-                        first_step=first,
-                    ),
-                ),
                 schedule=self.schedule,
                 goodput=goodput,
                 flops=self._flops_of_a_batch(),
                 evaluate=lambda state: evaluate(evaluated_params(state, config.optimizer)),
-                profile=Profile(config.train.profile, config.output / PROFILE)
-                if writes()
-                else None,
             )
             if config.train.export == "best":
                 step, state = checkpoints.restore_best(state, devices.shardings(state))
@@ -360,14 +334,12 @@ class _Run:
 def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
     """Returns the run with everything checked that can be before its folder is touched."""
     began = time.monotonic()
-    check_trackers(config.train.trackers)
     if jax.process_count() > 1 and config.text.source is not None:
         raise ConfigError(
             "text.source is tokenised by one process: with several, make it once with "
             "minilm-jax prepare and give text.corpora"
         )
-    devices = Devices(config.train.lift, fsdp=config.train.fsdp, count=config.train.devices)
-    devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
+    devices = open_devices(config.train, batch_size=config.batch.batch_size)
     if config.teacher.shape is not None:
         # What the shape alone tells needs no download.
         config.objective.check(
@@ -479,25 +451,6 @@ def _evaluator(
         return float(whole.value())
 
     return evaluate
-
-
-def describe(config: DistillConfig, teacher: Model) -> dict[str, Any]:
-    """Returns the resolved config as JSON, with the teacher's fingerprint beside it."""
-    plain = _jsonable(dataclasses.asdict(config))
-    # Where a run lies, who watches it and which changes it forgives is not what it is.
-    for name in ("override", "output"):
-        plain.pop(name)
-    for name in ("hosts", "devices", "trackers", "profile"):
-        plain["train"].pop(name)
-    return {**plain, "fingerprints": {"teacher": teacher.fingerprint}}
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _jsonable(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def needed_params(teacher: Model, objective: Objective) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError
+from minilm_jax.jobs.running import jsonable
 from minilm_jax.tasks.answers import AnswerConfig, Prediction, answer
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
 from minilm_jax.tasks.catalog import TASKS, Part, Task, TaskData, TaskName, all_pairs, read_part
@@ -266,12 +267,14 @@ class Evaluator:
         found: list[np.ndarray] = [np.empty(0)] * len(features)
 
         def keep(index: np.ndarray, out: Any) -> None:
-            for row, logits in zip(index, jax.device_get(out), strict=False):
+            for row, logits in zip(index, self._devices.fetch(out), strict=False):
                 found[row] = logits
 
         before: tuple[np.ndarray, Any] | None = None
+        mine = self._devices.rows(self._batch.batch_size)
         for index, batch in batches.in_order():
-            out = self._predict(placed, None, self._devices.place_batch(batch))
+            rows = {name: x[mine] for name, x in batch.items()}
+            out = self._predict(placed, None, self._devices.place_batch(rows))
             # One batch behind: the devices compute while the last one is fetched.
             if before is not None:
                 keep(*before)
@@ -396,12 +399,3 @@ def write_tables(folder: Path) -> None:
     """Writes tables.md of everything in results.csv, the published rows beside ours."""
     if (folder / RESULTS).exists():
         (folder / TABLES).write_text(tables(read_rows(folder / RESULTS)), "utf-8")
-
-
-def jsonable(value: Any) -> Any:
-    """Returns nested dicts and lists with paths as text."""
-    if isinstance(value, dict):
-        return {name: jsonable(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value

@@ -13,7 +13,6 @@ import numpy as np
 
 from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.model import Model
-from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.encoder.config import Compute
 from minilm_jax.encoder.encoder import init_params
@@ -27,12 +26,21 @@ from minilm_jax.jobs.evaluate import (
     check_length,
     describe_scores,
     digest,
-    jsonable,
     load,
     named_labels,
     report_skips,
     result_rows,
     write_tables,
+)
+from minilm_jax.jobs.running import (
+    Say,
+    describe,
+    join_hosts,
+    open_checkpoints,
+    open_devices,
+    open_goodput,
+    own_folder,
+    train,
 )
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
@@ -44,9 +52,9 @@ from minilm_jax.tasks.own import label_names
 from minilm_jax.tasks.tables import ResultRow, append_rows, mean_and_deviation, read_rows
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.loop import TrainConfig, fit
-from minilm_jax.train.monitor import Monitor
+from minilm_jax.train.goodput import Goodput
+from minilm_jax.train.hosts import wait_for_all, writes
+from minilm_jax.train.loop import EngineConfig, TrainConfig
 from minilm_jax.train.optimizer import (
     OptimizerConfig,
     evaluated_params,
@@ -54,11 +62,8 @@ from minilm_jax.train.optimizer import (
     make_schedule,
 )
 from minilm_jax.train.run_folder import (
-    METRICS,
     RESULT,
-    open_run,
     read_json,
-    versions,
     write_json,
 )
 from minilm_jax.train.state import create_state
@@ -83,18 +88,6 @@ class ScheduleConfig:
     """Evaluations without improvement after which the run ends; 0: never."""
     keep_models: Literal["best", "all"] = "best"
     """all: each evaluated checkpoint is kept as a model, too (step-…)."""
-    seed: int = 0
-    """Of the new head, the order of the examples and dropout."""
-    accumulate: int = 1
-    """Micro-batches a step; memory falls, numbers stay."""
-    lift: Literal["pmap", "mesh"] = "pmap"
-    """pmap: data parallel. mesh: jit over data × fsdp."""
-    fsdp: int = 1
-    """Devices a parameter is sharded over; needs lift=mesh."""
-    log_every: int = 50
-    """Steps between metrics."""
-    save_every: int = 1000
-    """Steps between checkpoints of the training state."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "evaluate_every", "patience"):
@@ -153,6 +146,7 @@ class FinetuneConfig:
         )
     )
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    train: EngineConfig = dataclasses.field(default_factory=lambda: EngineConfig(log_every=50))
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
     limit: int = 0
     """Examples of each part at most, to try things; 0 is all."""
@@ -182,11 +176,14 @@ def run(
 
     Started again after an interruption it continues; started again when finished it says so.
     """
-    if config.sweep.given:
-        return _sweep(config, say)
+    say = join_hosts(config.train, say)
+    return _sweep(config, say) if config.sweep.given else _run(config, say)
+
+
+def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
+    began = time.monotonic()
     task = TASKS[config.task]
-    devices = Devices(config.schedule.lift, fsdp=config.schedule.fsdp)
-    devices.check_batch(config.batch.batch_size, accumulate=config.schedule.accumulate)
+    devices = open_devices(config.train, batch_size=config.batch.batch_size)
     source, tokenizer = load(config.model)
     check_length(config.lengths, source)
     skips = Skips()
@@ -214,9 +211,11 @@ def run(
     reported = [
         evaluator.read(config.data, part, limit=config.limit) for part in report_parts(config)
     ]
-    described = _describe(config, source, examples)
-    training = _Training(config, model, params, batches, devices, tokenizer, evaluator, described)
-    with open_run(config.output, described, override=config.override):
+    described = describe(config, model=source.fingerprint, data=digest(examples))
+    training = _Training(
+        config, model, params, batches, devices, tokenizer, evaluator, described, began
+    )
+    with own_folder(config.output, described, override=config.override):
         if (config.output / RESULT).exists():
             result = FinetuneResult(**read_json(config.output / RESULT))
             say(f"{config.output} is finished ({result.steps} steps); nothing left to do.")
@@ -228,7 +227,9 @@ def run(
         )
         best = training.run(selection, say)
         result = _report(config, task, tokenizer, evaluator, reported, best, say)
-        write_json(config.output / RESULT, dataclasses.asdict(result))
+        if writes():
+            write_json(config.output / RESULT, dataclasses.asdict(result))
+        wait_for_all("reported")
         _summarise(config, result, say)
         return result
 
@@ -273,9 +274,10 @@ class _Training:
         tokenizer: Tokenizer,
         evaluator: Evaluator,
         described: dict[str, Any],
+        began: float,
     ) -> None:
         schedule = config.schedule
-        self.described = described
+        self.described, self.began = described, began
         self.config, self.model, self.devices = config, model, devices
         self.batches, self.tokenizer, self.evaluator = batches, tokenizer, evaluator
         self.task = TASKS[config.task]
@@ -298,26 +300,27 @@ class _Training:
             head_dropout=head_dropout(model),
         )
         step = make_step(
-            task_model.loss, self.optimizer, seed=schedule.seed, accumulate=schedule.accumulate
+            task_model.loss,
+            self.optimizer,
+            seed=config.train.seed,
+            accumulate=config.train.accumulate,
+            nonfinite=config.train.nonfinite,
         )
         self.step = devices.lift_step(step)
         self.start = create_state(params, self.optimizer)
 
-    def run(self, selection: Sequence[PartData], say: Callable[[str], None]) -> dict[str, Any]:
+    def run(self, selection: Sequence[PartData], say: Say) -> dict[str, Any]:
         """Returns the best evaluation's record, after training and evaluating in turns."""
         file = self.config.output / EVALUATIONS
         records: list[dict[str, Any]] = read_json(file) if file.exists() else []
-        checkpoints = Checkpoints(
-            self.config.output / "checkpoints",
-            keep=2,
-            metadata={"config": self.described, "versions": versions()},
-        )
-        goodput = Goodput(self.config.output / GOODPUT)
-        try:
+        goodput = open_goodput(self.config.output, began=self.began)
+        with open_checkpoints(
+            self.config.output, self.config.train, metadata={"config": self.described}
+        ) as checkpoints:
             while not self._finished(records):
                 until = min(self.steps, (len(records) + 1) * self.every)
                 state = self._fit(until, checkpoints, goodput)
-                params = jax.device_get(evaluated_params(state, self.optimizer_config))
+                params = self.devices.fetch(evaluated_params(state, self.optimizer_config))
                 record = self._evaluate(int(state.step), params, selection)
                 goodput.lap("evaluation")
                 goodput.record(record["step"])
@@ -330,9 +333,8 @@ class _Training:
                 if record["selection"] > max((r["selection"] for r in records), default=-1e9):
                     self._write(params, self.config.output / BEST)
                 records.append(record)
-                write_json(file, records)
-        finally:
-            checkpoints.close()
+                if writes():
+                    write_json(file, records)
         say(f"time {goodput.account()}")
         return {**max(records, key=lambda record: record["selection"]), "last": records[-1]["step"]}
 
@@ -346,38 +348,25 @@ class _Training:
 
     def _fit(self, until: int, checkpoints: Checkpoints, goodput: Goodput) -> Any:
         """Returns the state after step `until`, from the latest checkpoint on."""
-        schedule = self.config.schedule
-        train = TrainConfig(
-            steps=until,
-            seed=schedule.seed,
-            accumulate=schedule.accumulate,
-            lift=schedule.lift,
-            fsdp=schedule.fsdp,
-            log_every=schedule.log_every,
-            save_every=schedule.save_every,
-        )
-        return fit(
+        return train(
             self.step,
             self.start,
             None,
-            lambda first: Prefetch(self._batch, start=first, stop=until),
-            config=train,
+            self._batch,
+            output=self.config.output,
+            config=TrainConfig(**vars(self.config.train), steps=until),
+            of_steps=self.steps,
+            described=self.described,
             devices=self.devices,
             checkpoints=checkpoints,
-            make_monitor=lambda first: Monitor(
-                self.config.output / METRICS,
-                steps=self.steps,
-                first_step=first,
-                devices=self.devices.devices,
-            ),
             schedule=make_schedule(self.optimizer_config, steps=self.steps),
             goodput=goodput,
         )
 
-    def _batch(self, step: int) -> Any:
-        batch = self.batches.at(step, seed=self.config.schedule.seed)
-        # Placed by the thread that makes it: the copy overlaps with the step before.
-        return self.devices.place_batch(batch)
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        rows = self.devices.rows(self.config.batch.batch_size)
+        batch = self.batches.at(step, seed=self.config.train.seed)
+        return {name: x[rows] for name, x in batch.items()}
 
     def _evaluate(
         self, step: int, params: dict[str, Any], selection: Sequence[PartData]
@@ -395,8 +384,9 @@ class _Training:
         return {"step": step, "metric": metric, "selection": weighted / total, "scores": scores}
 
     def _write(self, params: dict[str, Any], folder: Path) -> None:
-        files = self.tokenizer.files
-        write_model(dataclasses.replace(self.model, params=params), folder, tokenizer_files=files)
+        if writes():
+            model = dataclasses.replace(self.model, params=params)
+            write_model(model, folder, tokenizer_files=self.tokenizer.files)
 
 
 def head_dropout(model: Model) -> float | None:
@@ -433,7 +423,7 @@ def _start(
     config: FinetuneConfig, task: Task, source: Model, labels: tuple[str, ...]
 ) -> tuple[Model, dict[str, Any]]:
     """Returns the model to be written, and the parameters to start from."""
-    key = jax.random.key(config.schedule.seed)
+    key = jax.random.key(config.train.seed)
     known = dict(source.params)
     if config.init == "random":
         known = {"encoder": init_params(jax.random.fold_in(key, 1), source.config)}
@@ -483,12 +473,6 @@ def _batches(
     )
 
 
-def _describe(config: FinetuneConfig, model: Model, examples: Sequence[Any]) -> dict[str, Any]:
-    plain = jsonable(dataclasses.asdict(config))
-    plain.pop("override")
-    return {**plain, "fingerprints": {"model": model.fingerprint, "data": digest(examples)}}
-
-
 def _report(
     config: FinetuneConfig,
     task: Task,
@@ -496,16 +480,18 @@ def _report(
     evaluator: Evaluator,
     reported: Sequence[PartData],
     best: dict[str, Any],
-    say: Callable[[str], None],
+    say: Say,
 ) -> FinetuneResult:
     """Returns the result, after scoring the best model and writing its predictions and tables."""
     folder = config.output / BEST
+    wait_for_all("written")
     model, _ = load(str(folder))
     scores, rows = {}, []
     for data in reported:
         report_skips(data, say)
         result = evaluator.score(model.params, data)
-        evaluator.write(result, config.output / PREDICTIONS)
+        if writes():
+            evaluator.write(result, config.output / PREDICTIONS)
         scores[str(data.part)] = result.scores
         rows += result_rows(
             result,
@@ -514,12 +500,10 @@ def _report(
             model=model,
             tokenizer=tokenizer,
             settings=config,
-            seed=str(config.schedule.seed),
+            seed=str(config.train.seed),
         )
-    # A start that was cut off here has written none or all of them.
-    (config.output / RESULTS).unlink(missing_ok=True)
-    append_rows(config.output / RESULTS, rows)
-    write_tables(config.output)
+    if writes():
+        _write_rows(config.output, rows)
     return FinetuneResult(
         model=str(folder),
         steps=best["last"],
@@ -529,7 +513,14 @@ def _report(
     )
 
 
-def _summarise(config: FinetuneConfig, result: FinetuneResult, say: Callable[[str], None]) -> None:
+def _write_rows(output: Path, rows: Sequence[ResultRow]) -> None:
+    # A start that was cut off here has written none or all of them.
+    (output / RESULTS).unlink(missing_ok=True)
+    append_rows(output / RESULTS, rows)
+    write_tables(output)
+
+
+def _summarise(config: FinetuneConfig, result: FinetuneResult, say: Say) -> None:
     say(f"\nbest at step {result.best_step:,} of {result.steps:,}: {result.selection:.2f}")
     for part, scores in result.scores.items():
         say(f"  {part:<12} {describe_scores(scores)}")
@@ -540,7 +531,7 @@ def _summarise(config: FinetuneConfig, result: FinetuneResult, say: Callable[[st
 # Sweeps
 
 
-def _sweep(config: FinetuneConfig, say: Callable[[str], None]) -> list[FinetuneResult]:
+def _sweep(config: FinetuneConfig, say: Say) -> list[FinetuneResult]:
     """Returns every run's result, after writing results.csv, tables.md and sweep.json.
 
     The best setting is that of the best mean of the selecting figure; the tables show its seeds
@@ -549,7 +540,7 @@ def _sweep(config: FinetuneConfig, say: Callable[[str], None]) -> list[FinetuneR
     sweep = config.sweep
     rates = sweep.learning_rates or (config.optimizer.learning_rate,)
     epochs = sweep.epochs or (config.schedule.epochs,)
-    seeds = sweep.seeds or (config.schedule.seed,)
+    seeds = sweep.seeds or (config.train.seed,)
     name = config.name or config.output.name
     results: list[FinetuneResult] = []
     rows: list[ResultRow] = []
@@ -563,12 +554,12 @@ def _sweep(config: FinetuneConfig, say: Callable[[str], None]) -> list[FinetuneR
                 output=config.output / f"lr{rate:g}-epochs{passes}-seed{seed}",
                 name=f"{name} lr {rate:g}, {passes} epochs",
                 optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
-                schedule=dataclasses.replace(config.schedule, epochs=passes, seed=seed),
+                schedule=dataclasses.replace(config.schedule, epochs=passes),
+                train=dataclasses.replace(config.train, seed=seed),
                 sweep=SweepConfig(),
             )
             say(f"\n{inner.output.name}")
-            result = run(inner, say=say)
-            assert isinstance(result, FinetuneResult)
+            result = _run(inner, say)
             found.append(result)
             rows += read_rows(inner.output / RESULTS)
         values = [result.selection for result in found]
@@ -585,10 +576,9 @@ def _sweep(config: FinetuneConfig, say: Callable[[str], None]) -> list[FinetuneR
         )
         results += found
     best = max(settings, key=lambda setting: setting["mean"])
-    write_json(config.output / "sweep.json", {"settings": settings, "best": best})
-    (config.output / RESULTS).unlink(missing_ok=True)
-    append_rows(config.output / RESULTS, rows)
-    write_tables(config.output)
+    if writes():
+        write_json(config.output / "sweep.json", {"settings": settings, "best": best})
+        _write_rows(config.output, rows)
     metric = TASKS[config.task].metrics[0]
     seconds = time.monotonic() - began
     say(f"\n{len(results)} runs in {seconds:.0f} s; {metric} on the selection parts")

@@ -56,6 +56,9 @@ class Devices:
         grid = np.array(self.devices).reshape((-1,) if lift == "pmap" else (-1, fsdp))
         # make_mesh's default axes are Explicit and break nn.Embed under jit.
         self.mesh = Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+        self._whole = jax.jit(
+            lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec())
+        )
 
     @property
     def count(self) -> int:
@@ -129,8 +132,7 @@ class Devices:
     def fetch(self, tree: Any) -> Any:
         """Returns the tree as numpy in every process, whole where it was divided."""
         if self._several_processes:
-            whole = jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree)
-            tree = jax.jit(lambda x: x, out_shardings=whole)(tree)
+            tree = self._whole(tree)
         return jax.device_get(tree)
 
     def fetch_batch(self, batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -24,11 +24,9 @@ from minilm_jax.train.trackers import TrackerName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long and how a run trains, whatever it trains."""
+class EngineConfig:
+    """How a run trains, whatever it trains and however long."""
 
-    steps: int = 400_000
-    """Optimizer steps of the whole run."""
     seed: int = 0
     """Of data order, dropout and initialisation."""
     accumulate: int = 1
@@ -47,10 +45,6 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """The latest checkpoints kept, beside the best where there is one."""
-    evaluate_every: int = 0
-    """Steps between measurements of the held-out loss, each with a checkpoint; 0: none."""
-    export: Literal["last", "best"] = "last"
-    """best: the checkpoint of the lowest held-out loss; needs evaluate_every."""
     trackers: tuple[TrackerName, ...] = ()
     """Where else the metrics go; each is an extra to install."""
     profile: tuple[int, int] | None = None
@@ -59,15 +53,9 @@ class TrainConfig:
     """The processes of the run; not part of what it computes."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "fsdp", "log_every", "save_every", "keep"):
+        for name in ("accumulate", "fsdp", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if self.evaluate_every < 0:
-            raise ConfigError(
-                f"train.evaluate_every must not be negative, got {self.evaluate_every}"
-            )
-        if self.export == "best" and not self.evaluate_every:
-            raise ConfigError("train.export=best needs train.evaluate_every: nothing is compared")
         if self.devices is not None and self.devices < 1:
             raise ConfigError(f"train.devices must be at least 1, got {self.devices}")
         if self.profile is not None and min(self.profile) < 1:
@@ -75,6 +63,29 @@ class TrainConfig:
                 "train.profile is (first step from 1, number of steps), got "
                 f"{' '.join(map(str, self.profile))}"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(EngineConfig):
+    """How long a run trains too, and what it measures on the way."""
+
+    steps: int = 400_000
+    """Optimizer steps of the whole run."""
+    evaluate_every: int = 0
+    """Steps between measurements of the held-out loss, each with a checkpoint; 0: none."""
+    export: Literal["last", "best"] = "last"
+    """best: the checkpoint of the lowest held-out loss; needs evaluate_every."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ConfigError(f"train.steps must be at least 1, got {self.steps}")
+        if self.evaluate_every < 0:
+            raise ConfigError(
+                f"train.evaluate_every must not be negative, got {self.evaluate_every}"
+            )
+        if self.export == "best" and not self.evaluate_every:
+            raise ConfigError("train.export=best needs train.evaluate_every: nothing is compared")
 
 
 class Stopped(UserError):  # noqa: N818 - an outcome, not a fault

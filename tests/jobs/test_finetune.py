@@ -13,7 +13,7 @@ from tiny_models import write_tiny
 from minilm_jax.convert.folder import read_model
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError, DataError
-from minilm_jax.jobs import evaluate, finetune
+from minilm_jax.jobs import evaluate, finetune, running
 from minilm_jax.jobs.evaluate import EvaluateConfig
 from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig, SweepConfig
 from minilm_jax.tasks import losses
@@ -23,7 +23,9 @@ from minilm_jax.tasks.catalog import TASKS, Part, TaskData
 from minilm_jax.tasks.features import LengthConfig
 from minilm_jax.tasks.tables import read_rows
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.loop import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
+from minilm_jax.train.trackers import Tracker
 
 LENGTHS = LengthConfig(max_length=64, max_query_length=24, doc_stride=16)
 FAST = OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.0)
@@ -85,7 +87,7 @@ def xlmr(tmp_path_factory):
 
 
 def make(task, model, data, output, *, steps=2, **changes):
-    schedule = ScheduleConfig(max_steps=steps, evaluate_every=steps, log_every=1)
+    schedule = ScheduleConfig(max_steps=steps, evaluate_every=steps)
     return FinetuneConfig(
         **{
             "task": task,
@@ -96,6 +98,7 @@ def make(task, model, data, output, *, steps=2, **changes):
             "batch": RowConfig(batch_size=8, bucket=64),
             "optimizer": FAST,
             "schedule": schedule,
+            "train": EngineConfig(log_every=1),
             **changes,
         }
     )
@@ -285,7 +288,9 @@ def test_selection_early_stopping_and_the_best_kept(official, bert, tmp_path, mo
 def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_path, monkeypatch):
     config = make("rte", bert, official, tmp_path / "whole", steps=6)
     config = dataclasses.replace(
-        config, schedule=dataclasses.replace(config.schedule, evaluate_every=3, save_every=2)
+        config,
+        schedule=dataclasses.replace(config.schedule, evaluate_every=3),
+        train=dataclasses.replace(config.train, save_every=2),
     )
     whole = finetune.run(config, say=quiet)
     config = dataclasses.replace(config, output=tmp_path / "cut", name="whole")
@@ -312,6 +317,48 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_pat
         finetune.run(dataclasses.replace(config, optimizer=changed), say=quiet)
 
 
+def test_it_is_watched_as_any_training_is(official, bert, tmp_path, monkeypatch):
+    """The devices too are a setting of the run that is no part of what it computes."""
+    shown = []
+    monkeypatch.setattr(running, "check_trackers", lambda names: shown.append(list(names)))
+    monkeypatch.setattr(
+        running,
+        "open_trackers",
+        lambda names, folder, *, config, first_step: (
+            Tracker("shown", lambda: Shown(shown, first_step, config)),
+        ),
+    )
+    config = make("rte", bert, official, tmp_path / "run", steps=4)
+    config = dataclasses.replace(
+        config,
+        schedule=dataclasses.replace(config.schedule, evaluate_every=2),
+        train=EngineConfig(log_every=1, devices=1, trackers=("tensorboard",), profile=(2, 1)),
+    )
+    finetune.run(config, say=quiet)
+    names, *rest = shown
+    assert names == ["tensorboard"]
+    assert [step for _, _, step in rest] == [1, 2, 3, 4]
+    assert [first for first, _, _ in rest] == [0, 0, 2, 2]
+    assert {described["task"] for _, described, _ in rest} == {"rte"}
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    assert stored["train"]["log_every"] == 1
+    assert not {"hosts", "devices", "trackers", "profile"} & stored["train"].keys()
+
+
+class Shown:
+    """A service that keeps (first step of the start, config, step)."""
+
+    def __init__(self, shown, first_step, config):
+        self.shown, self.of = shown, (first_step, config)
+
+    def log(self, step, values):
+        self.shown.append((*self.of, step))
+
+    def close(self):
+        pass
+
+
 @pytest.mark.slow
 def test_a_sweep_gives_mean_and_deviation_and_the_best_setting(official, bert, tmp_path):
     config = make(
@@ -320,9 +367,8 @@ def test_a_sweep_gives_mean_and_deviation_and_the_best_setting(official, bert, t
         official,
         tmp_path / "sweep",
         sweep=SweepConfig(learning_rates=(1e-6, 3e-3), epochs=(4,), seeds=(1, 2)),
+        schedule=ScheduleConfig(evaluate_every=8),
     )
-    schedule = ScheduleConfig(evaluate_every=8, log_every=50)
-    config = dataclasses.replace(config, schedule=schedule)
     results = finetune.run(config, say=quiet)
     assert len(results) == 4
     found = json.loads((tmp_path / "sweep/sweep.json").read_text())
@@ -349,8 +395,8 @@ def test_any_number_of_devices_trains_the_same(official, bert, tmp_path, monkeyp
             patch.setattr(jax, "devices", lambda count=count: two_devices[:count])
             output = tmp_path / f"{count}{lift}"
             config = make("stsb", bert, official, output, steps=4, report="none")
-            schedule = dataclasses.replace(config.schedule, lift=lift)
-            finetune.run(dataclasses.replace(config, schedule=schedule), say=quiet)
+            train = dataclasses.replace(config.train, lift=lift)
+            finetune.run(dataclasses.replace(config, train=train), say=quiet)
         lines = (output / "metrics.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["loss"] for line in lines])
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)

@@ -1,0 +1,146 @@
+"""What every job that trains does around the engine: hosts, devices, the run's folder, the loop."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+from minilm_jax.data.prefetch import Prefetch
+from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.goodput import GOODPUT, Goodput
+from minilm_jax.train.hosts import join, writes
+from minilm_jax.train.loop import EngineConfig, TrainConfig, fit
+from minilm_jax.train.monitor import Monitor
+from minilm_jax.train.profile import PROFILE, Profile
+from minilm_jax.train.run_folder import METRICS, open_run, versions
+from minilm_jax.train.state import TrainState
+from minilm_jax.train.trackers import check_trackers, open_trackers
+
+Say = Callable[[str], None]
+
+
+def join_hosts(config: EngineConfig, say: Say) -> Say:
+    """Returns what the job says things with, after this process has become one of the run's.
+
+    One process speaks; the others have said who they are.
+    """
+    join(config.hosts, say=say)
+    return say if writes() else lambda _: None
+
+
+def open_devices(config: EngineConfig, *, batch_size: int) -> Devices:
+    """Returns the devices of a run, once it is known to have what its settings ask for."""
+    check_trackers(config.trackers)
+    devices = Devices(config.lift, fsdp=config.fsdp, count=config.devices)
+    devices.check_batch(batch_size, accumulate=config.accumulate)
+    return devices
+
+
+def describe(config: Any, **fingerprints: str) -> dict[str, Any]:
+    """Returns a job's resolved config as JSON, with what it was given to read beside it."""
+    plain = jsonable(dataclasses.asdict(config))
+    # Where a run lies, who watches it and which changes it forgives is not what it is.
+    for name in ("override", "output"):
+        plain.pop(name)
+    for name in ("hosts", "devices", "trackers", "profile"):
+        plain["train"].pop(name)
+    return {**plain, "fingerprints": fingerprints}
+
+
+def jsonable(value: Any) -> Any:
+    """Returns nested dicts and lists with paths as text."""
+    if isinstance(value, dict):
+        return {name: jsonable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def own_folder(
+    output: Path, described: Mapping[str, Any], *, override: tuple[str, ...]
+) -> AbstractContextManager[None]:
+    """Returns the hold on a run's folder, which one process has for all."""
+    return open_run(output, described, override=override) if writes() else nullcontext()
+
+
+def open_goodput(output: Path, *, began: float | None = None) -> Goodput:
+    """Returns the account of the run's time, which one process writes."""
+    return Goodput(output / GOODPUT if writes() else None, began=began)
+
+
+def open_checkpoints(
+    output: Path, config: EngineConfig, *, metadata: Mapping[str, Any], keep_best: bool = False
+) -> Checkpoints:
+    """Returns the run's checkpoints, each with `metadata` and the versions it was computed with."""
+    return Checkpoints(
+        output / "checkpoints",
+        keep=config.keep,
+        keep_best=keep_best,
+        metadata={**metadata, "versions": versions()},
+    )
+
+
+def train(
+    step: Callable[..., Any],
+    state: TrainState,
+    frozen: Any,
+    batch_at: Callable[[int], Mapping[str, np.ndarray]],
+    *,
+    output: Path,
+    config: TrainConfig,
+    of_steps: int | None = None,
+    described: Mapping[str, Any],
+    devices: Devices,
+    checkpoints: Checkpoints,
+    schedule: optax.Schedule,
+    goodput: Goodput,
+    flops: Callable[[Any], int] | None = None,
+    evaluate: Callable[[TrainState], float] | None = None,
+) -> TrainState:
+    """Returns the state after the last step; `fit` with all that a run's folder gets.
+
+    Args:
+      step: the lifted step.
+      state: the state to start from where there is no checkpoint.
+      frozen: placed arguments that are not trained.
+      batch_at: this process's rows of the batch of a step, counted from 0.
+      output: the run's folder.
+      config: of the run, to the step it goes to.
+      of_steps: the steps shown as the whole, where the run goes on later.
+      described: the run, shown beside its curves.
+      devices: where it runs.
+      checkpoints: where it saves and resumes.
+      schedule: learning rate, for the log.
+      goodput: books where the time goes.
+      flops: of a step on a placed batch.
+      evaluate: held-out loss of a state.
+    """
+    return fit(
+        step,
+        state,
+        frozen,
+        # Placed by the thread that makes it: the copy overlaps with the step before.
+        lambda first: Prefetch(
+            lambda number: devices.place_batch(batch_at(number)), start=first, stop=config.steps
+        ),
+        config=config,
+        devices=devices,
+        checkpoints=checkpoints,
+        make_monitor=lambda first: Monitor(
+            output / METRICS,
+            steps=of_steps or config.steps,
+            first_step=first,
+            devices=devices.devices,
+            trackers=open_trackers(config.trackers, output, config=described, first_step=first),
+        ),
+        schedule=schedule,
+        goodput=goodput,
+        flops=flops,
+        evaluate=evaluate,
+        profile=Profile(config.profile, output / PROFILE) if writes() else None,
+    )
