@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.model import Model
@@ -21,6 +22,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 WORDS = ("the", "of", "teacher", "student", "learns", "from", "relation", "attention", "value")
+
+
+@pytest.fixture
+def no_program_cache():
+    """For devices that are only described: their programs get into the cache, but not out of it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

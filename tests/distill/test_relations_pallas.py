@@ -130,6 +130,7 @@ def compiled_for_tpus(step, arguments, mesh):
     return jax.jit(step).lower(*arguments).compile().as_text()
 
 
+@pytest.mark.usefixtures("no_program_cache")
 @pytest.mark.parametrize("dtype, shape", SHAPES, ids=str)
 def test_compiled_for_tpus_under_shard_map(tpus, dtype, shape):
     step, arguments = program(dtype, implementation="auto", **shape)
@@ -138,6 +139,7 @@ def test_compiled_for_tpus_under_shard_map(tpus, dtype, shape):
     assert KERNEL_CALLS["tpu"] in compiled_for_tpus(mapped, arguments, tpus)
 
 
+@pytest.mark.usefixtures("no_program_cache")
 def test_a_jit_over_a_mesh_of_tpus_takes_blocks_and_moves_no_array(tpus):
     step, arguments = program(jnp.bfloat16, implementation="auto", batch=2, length=512, heads=12)
     text = compiled_for_tpus(step, arguments, tpus)

@@ -162,7 +162,7 @@ def hasty_compiler():
 
 
 @needs_libtpu
-@pytest.mark.usefixtures("hasty_compiler")
+@pytest.mark.usefixtures("hasty_compiler", "no_program_cache")
 @pytest.mark.parametrize(
     "name,hardware,lift,fsdp",
     [
