@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from minilm_jax.data.masking import NOT_PREDICTED, MaskingConfig
 from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params, batch_counts
@@ -21,7 +21,7 @@ from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import EncoderOutput, encode
 from minilm_jax.encoder.heads import MaskedLM
 from minilm_jax.errors import ConfigError
-from minilm_jax.reductions import Loss, Mean
+from minilm_jax.reductions import Loss, Mean, sum_over_rows
 
 TOKENS_A_BLOCK = 512
 """Tokens whose vocabulary scores exist at a time: 60 MB in fp32 at BERT's vocabulary."""
@@ -231,16 +231,19 @@ def soft_label_divergence(
     """Returns T² KL(softmax(t / T) ‖ softmax(s / T)) of the selected tokens' vocabulary scores."""
 
     def divergence(
-        teacher_hidden: Float[Array, "N Dt"], student_hidden: Float[Array, "N Ds"]
+        params: tuple[Params, Params],
+        teacher_hidden: Float[Array, "N Dt"],
+        student_hidden: Float[Array, "N Ds"],
     ) -> Float[Array, "N"]:
-        wanted = mlm_logits(teacher[0], teacher[1], teacher_hidden, compute) / temperature
-        found = mlm_logits(student[0], student[1], student_hidden, compute) / temperature
+        wanted = mlm_logits(teacher[0], params[0], teacher_hidden, compute) / temperature
+        found = mlm_logits(student[0], params[1], student_hidden, compute) / temperature
         log_wanted = jax.nn.log_softmax(jax.lax.stop_gradient(wanted))
         log_found = jax.nn.log_softmax(found)
         return temperature**2 * jnp.sum(jnp.exp(log_wanted) * (log_wanted - log_found), axis=-1)
 
+    params = (mlm_params(teacher[1]), mlm_params(student[1]))
     hidden = (teacher[2].last_hidden_state, student[2].last_hidden_state)
-    return over_selected(divergence, hidden, selected=selected)
+    return over_selected(divergence, params, hidden, selected=selected)
 
 
 def masked_cross_entropy(
@@ -248,17 +251,22 @@ def masked_cross_entropy(
 ) -> Mean:
     """Returns the cross entropy of the labels, mean over the tokens that have one."""
 
-    def cross_entropy(hidden: Float[Array, "N D"], labels: Array) -> Float[Array, "N"]:
+    def cross_entropy(
+        params: Params, hidden: Float[Array, "N D"], labels: Int[Array, "N"]
+    ) -> Float[Array, "N"]:
         log_scores = jax.nn.log_softmax(mlm_logits(config, params, hidden, compute))
         return -jnp.take_along_axis(log_scores, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
 
     labels = batch["labels"]
     arrays = (output.last_hidden_state, labels)
-    return over_selected(cross_entropy, arrays, selected=labels != NOT_PREDICTED)
+    return over_selected(
+        cross_entropy, mlm_params(params), arrays, selected=labels != NOT_PREDICTED
+    )
 
 
 def over_selected(
     function: Callable[..., Float[Array, "N"]],
+    params: Any,
     arrays: tuple[Array, ...],
     *,
     selected: Bool[Array, "B L"],
@@ -266,15 +274,25 @@ def over_selected(
     """Returns the mean of a function of single tokens over the selected ones.
 
     Vocabulary scores of a whole batch are too large to exist at once, and most tokens are not
-    masked. So the selected tokens are brought to the front and taken in blocks, a block without
-    any is not computed, and the backward pass computes each block again. Exact for any number of
-    selected tokens.
+    masked. So each device brings the selected ones of its tokens to the front and takes them in
+    blocks, a block without any is not computed, and the backward pass computes each block again.
+    Exact for any number of selected tokens.
 
     Args:
-      function: from `[N, …]` arrays to a value a token.
+      function: from (params, *arrays `[N, …]`) to a value a token.
+      params: whatever else it depends on.
       arrays: `[B, L, …]`.
       selected: which tokens count.
     """
+    return sum_over_rows(functools.partial(_in_blocks, function), params, (selected, arrays))
+
+
+def _in_blocks(
+    function: Callable[..., Float[Array, "N"]],
+    params: Any,
+    rows: tuple[Bool[Array, "B L"], tuple[Array, ...]],
+) -> Mean:
+    selected, arrays = rows
     flat = selected.reshape(-1)
     blocks = -(-flat.size // TOKENS_A_BLOCK)
     order = jnp.argsort(~flat, stable=True)
@@ -289,7 +307,7 @@ def over_selected(
     # default, crash XLA's CPU backend (jaxlib 0.10.2).
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_block(chosen: Array, block: tuple[Array, ...]) -> Array:
-        return jnp.sum(jnp.where(chosen, function(*block), 0.0))
+        return jnp.sum(jnp.where(chosen, function(params, *block), 0.0))
 
     def add(total: Array, item: tuple[Array, tuple[Array, ...]]) -> tuple[Array, None]:
         chosen, block = item
@@ -298,11 +316,18 @@ def over_selected(
         )
         return total + part, None
 
-    chosen = blocked(selected)
     total, _ = jax.lax.scan(
-        add, jnp.zeros((), jnp.float32), (chosen, tuple(blocked(x) for x in arrays))
+        add,
+        jnp.zeros((), jnp.float32),
+        (blocked(selected), tuple(blocked(x) for x in arrays)),
     )
     return Mean(total=total, count=jnp.sum(flat, dtype=jnp.float32))
+
+
+def mlm_params(params: Params) -> Params:
+    """Returns those of a model's parameters that `mlm_logits` needs."""
+    embeddings = {"word": params["encoder"]["embeddings"]["word"]}
+    return {"encoder": {"embeddings": embeddings}, "mlm": params["mlm"]}
 
 
 def mlm_logits(

@@ -25,6 +25,7 @@ from minilm_jax.distill.relations_blocked import (
 )
 from minilm_jax.distill.relations_pallas import fits_pallas, pallas_sums
 from minilm_jax.errors import ConfigError
+from minilm_jax.reductions import sum_over_rows
 
 Implementation = Literal["auto", "reference", "blocked", "pallas"]
 
@@ -71,8 +72,8 @@ def relation_kl(
             batch, and lets JAX differentiate it; the others compute loss and gradients together.
             `blocked` runs anywhere; `pallas` has kernels for TPUs and NVIDIA GPUs, and elsewhere
             interprets them, slowly, to test them. `auto` takes the kernels where they exist,
-            suit the shape and run on one device's part of the batch (under pmap, shard_map, or
-            with one device), else blocks, which a jit over a mesh can divide.
+            suit the shape and run on one device's part of the batch (under pmap, shard_map, with
+            a mesh in context, or with one device), else blocks.
 
     Returns:
         The loss in fp32, computed in fp32 for inputs of any dtype.
@@ -96,7 +97,11 @@ def relation_kl(
             teacher, student, segments=segments, weights=weights, heads=heads
         )
     else:
-        per_head = _one_pass(teacher, student, segments, weights, heads, implementation)
+        per_head = sum_over_rows(
+            lambda _, rows: _one_pass(*rows, heads, implementation),
+            None,
+            (teacher, student, segments, weights),
+        )
     return RelationLoss(total=jnp.mean(per_head), count=count_segments(segments), per_head=per_head)
 
 
@@ -214,15 +219,11 @@ def _sums(
         return jax.lax.platform_dependent(
             teacher, student, segments, weights, **kernels, default=other
         )
-    one_device = _arrays_are_one_device_s()
-    # An accelerator has no cache to stay within and wants enough to do at a time, of what it holds:
-    # a jit over a mesh sees the batch of all devices.
-    devices = jax.sharding.get_abstract_mesh().size or jax.device_count()
-    rows = batch if one_device else math.ceil(batch / devices)
-    block = choose_block(batch=rows, length=length, heads=heads, elements=2**24)
+    # An accelerator has no cache to stay within and wants enough to do at a time.
+    block = choose_block(batch=batch, length=length, heads=heads, elements=2**24)
     large = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
     widths = {"teacher_width": teacher[0].shape[-1], "student_width": student[0].shape[-1]}
-    suited = one_device and fits_pallas(**widths, length=length, heads=heads)
+    suited = _arrays_are_one_device_s() and fits_pallas(**widths, length=length, heads=heads)
     return jax.lax.platform_dependent(
         teacher,
         student,
@@ -237,13 +238,14 @@ def _sums(
 def _arrays_are_one_device_s() -> bool:
     """Returns whether the program being traced holds one device's part of the batch.
 
-    So it does under pmap and shard_map. In a jit over several devices XLA would have to divide a
-    kernel among them, which it refuses; blocks it divides along the batch.
+    So it does under pmap and shard_map, `sum_over_rows` included. In a jit over several devices
+    without a mesh in context XLA would have to divide a kernel among them, which it refuses; blocks
+    it divides along the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
-    return set(mesh.manual_axes) == set(mesh.axis_names)
+    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def split_heads(x: Float[Array, "B L D"], heads: int) -> Float[Array, "B R L K"]:

@@ -4,7 +4,6 @@ Nothing else in the project knows how many devices there are.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import jax
@@ -21,7 +20,8 @@ class Devices:
 
     `pmap` is data parallel: parameters are replicated, each device gets its rows, and the function
     sums over the axis "data" itself. `mesh` is one jit over a data × fsdp mesh: the function sees
-    the global batch, parameters are sharded over "fsdp", and XLA inserts the sums.
+    the global batch, parameters are sharded over "fsdp", and XLA inserts the sums; what XLA would
+    not divide is done for each device's own rows (`reductions.sum_over_rows`).
 
     Both keep parameters without a leading device axis.
     """
@@ -208,10 +208,8 @@ class Devices:
             )
 
         def constrained(first: Any, frozen: Any, batch: Any) -> Any:
-            # What is traced can ask how many devices it will run on; with one there is no mesh to
-            # speak of. jax.device_count() would answer for this machine, not for a described one.
-            several = self.count > 1
-            with use_abstract_mesh(self.mesh.abstract_mesh) if several else nullcontext():
+            # reductions.sum_over_rows asks for it.
+            with use_abstract_mesh(self.mesh.abstract_mesh):
                 out = function(first, frozen, batch)
             # Keep what is carried to the next step where it was, or it would move every step.
             return jax.lax.with_sharding_constraint(out, self.shardings(out))

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from minilm_jax.distill import baselines
@@ -13,6 +14,9 @@ from minilm_jax.distill.objectives import RelationObjective, uniform_layers
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import encode, init_params
 from minilm_jax.errors import ConfigError
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.state import create_state
+from minilm_jax.train.step import make_evaluation, make_step
 
 TEACHER = EncoderConfig(
     vocab_size=40,
@@ -184,6 +188,67 @@ def test_the_blocks_of_tokens_do_not_show(monkeypatch):
             assert found.terms[name].count == mean.count
     nothing = {**batch, "labels": jnp.full_like(batch["labels"], -1)}
     assert float(value(mlm(), student, teacher, nothing).value()) == 0.0
+
+
+VOCABULARY = pytest.mark.parametrize(
+    "objective", [mlm(), soft_labels(), distilbert()], ids=["mlm", "soft labels", "distilbert"]
+)
+
+
+@VOCABULARY
+def test_the_step_does_not_depend_on_the_device_count(objective, monkeypatch):
+    """An evaluation, and a step of plain SGD with dropout; half of the devices have no label."""
+    monkeypatch.setattr(baselines, "TOKENS_A_BLOCK", 5)
+    batch = batch_of(rows=16)
+    batch["labels"] = jnp.where(batch["rows"][:, None] % 4 < 2, batch["labels"], -1)
+    teacher, student, loss = shallow(objective)
+    optimizer = optax.sgd(0.1)
+
+    def train(devices, accumulate=1):
+        step = devices.lift_step(make_step(loss, optimizer, seed=5, accumulate=accumulate))
+        state, frozen = devices.place(create_state(student, optimizer)), devices.place(teacher)
+        placed = devices.place_batch(batch)
+        evaluate = devices.lift_evaluation(make_evaluation(loss))
+        evaluated = jax.device_get(evaluate(state.params, frozen, placed))
+        state, metrics = step(state, frozen, placed)
+        return jax.device_get((state.params, metrics["loss"], evaluated))
+
+    one = train(Devices(devices=jax.devices()[:1]))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one[0], student)
+    assert np.mean([move > 0 for move in jax.tree.leaves(moved)]) > 0.9
+    layouts = [(Devices(), 1), *((Devices("mesh", fsdp=fsdp), 1) for fsdp in (1, 2, 8))]
+    for devices, accumulate in (*layouts, (Devices("mesh", fsdp=2), 2)):
+        many = train(devices, accumulate)
+        for (path, a), b in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(many), strict=True):
+            tolerance = 1e-6 * max(np.abs(a).max(), 1.0)
+            np.testing.assert_allclose(b, a, rtol=0, atol=tolerance, err_msg=str(path))
+
+
+@VOCABULARY
+def test_a_mesh_holds_no_more_than_pmap(objective):
+    """Memory of a device for what the step holds while it runs."""
+    teacher, student, loss = shallow(objective)
+    optimizer = optax.sgd(0.1)
+    batch = batch_of(rows=1024, length=32)
+
+    def temporary(devices):
+        arguments = (
+            devices.abstract(create_state(student, optimizer)),
+            devices.abstract(teacher),
+            devices.abstract_batch(batch),
+        )
+        step = devices.lift_step(make_step(loss, optimizer, seed=5))
+        return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(Devices("mesh", fsdp=2)) < 1.2 * temporary(Devices())
+
+
+def shallow(objective):
+    """Teacher and student of one layer, and the loss: quick to compile."""
+    config = dataclasses.replace(TEACHER, num_hidden_layers=1)
+    teacher = params_of(config, 0, {"mlm": baselines.init_mlm(jax.random.key(9), config)})
+    student = params_of(config, 1, dict(objective.new_params(jax.random.key(5), config, config)))
+    return teacher, student, objective.make_loss(config, config, Compute())
 
 
 def test_the_value_mse_ablation_learns_a_projection():

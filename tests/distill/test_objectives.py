@@ -176,11 +176,12 @@ def test_weights_scale_their_relation(params):
     np.testing.assert_allclose(scaled.value(), expected, rtol=1e-6)
 
 
-def test_dropout_and_gradients_do_not_depend_on_the_device_count(params):
+@pytest.mark.parametrize("objective", [minilm(), V2], ids=["v1", "v2"])
+def test_dropout_and_gradients_do_not_depend_on_the_device_count(objective, params):
     """Ragged padding, dropout on, plain SGD: 20 steps on 1 and 8 devices, pmap and mesh."""
     teacher, student = params
     optimizer = optax.sgd(0.05)
-    loss = minilm().make_loss(TEACHER, STUDENT, Compute())
+    loss = objective.make_loss(TEACHER, STUDENT, Compute())
     batches = [rows_of([[d] for d in documents(16, seed=s)], length=12) for s in range(4)]
 
     def train(devices):
@@ -193,7 +194,7 @@ def test_dropout_and_gradients_do_not_depend_on_the_device_count(params):
     one = train(Devices("pmap", devices=jax.devices()[:1]))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, student)
     assert max(jax.tree.leaves(moved)) > 1e-3
-    for devices in (Devices("pmap"), Devices("mesh", fsdp=2)):
+    for devices in (Devices("pmap"), *(Devices("mesh", fsdp=fsdp) for fsdp in (1, 2, 8))):
         many = train(devices)
         for (path, a), b in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(many), strict=True):
             tolerance = 1e-6 * max(np.abs(a).max(), 1.0)

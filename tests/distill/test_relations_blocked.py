@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
 from minilm_jax.distill.relations_blocked import Block, blocked_sums, choose_block
@@ -119,7 +119,7 @@ def test_under_vmap():
 
 @pytest.mark.parametrize("implementation", ["auto", "pallas"])
 def test_over_devices(implementation):
-    """pmap, shard_map with and without its check, and jit over a mesh all make the same numbers."""
+    """pmap, shard_map with and without its check, and jit over meshes all make the same numbers."""
     teacher, student, segments = settings_and_models()
     (_, expected), expected_gradients = gradients_of_sum("reference")(teacher, student, segments)
     step = gradients_of_sum(implementation)
@@ -144,15 +144,33 @@ def test_over_devices(implementation):
     sharded = jax.device_put((teacher, student, segments), NamedSharding(mesh, rows))
     (_, loss), gradients = jax.jit(step)(*sharded)
     assert_close((loss, gradients), (expected, expected_gradients))
+    for shape in ((8, 1), (4, 2), (1, 8)):
+        mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        sharded = jax.device_put((teacher, student, segments), sharding)
+        (_, loss), gradients = jax.jit(in_context(step, mesh))(*sharded)
+        assert_close((loss, gradients), (expected, expected_gradients))
 
 
-def test_a_sharded_batch_stays_where_it_is():
+def in_context(function, mesh):
+    """The function, told of the mesh."""
+
+    def told(*arguments):
+        with use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return told
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_sharded_batch_stays_where_it_is(told):
     """jit over a mesh moves sums over the batch between devices, never the arrays."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     wide = jax.ShapeDtypeStruct((16, 64, 48), jnp.float32, sharding=rows)
     segments = jax.ShapeDtypeStruct((16, 64), jnp.int32, sharding=rows)
-    program = jax.jit(gradients_of_sum("blocked"), out_shardings=None)
+    step = gradients_of_sum("blocked")
+    program = jax.jit(in_context(step, mesh) if told else step, out_shardings=None)
     text = program.lower((wide, wide), (wide, wide), segments).compile().as_text()
     assert "all-reduce" in text
     assert "all-gather" not in text

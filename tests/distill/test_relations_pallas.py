@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
 from minilm_jax.distill.relations_pallas import fits_pallas, pallas_sums
 from tests.distill.test_relations import assert_close, models
+from tests.distill.test_relations_blocked import in_context
 
 # Names of the kernels in a program, by platform.
 KERNEL_CALLS = {"cuda": "xla.gpu.triton", "tpu": "tpu_custom_call"}
@@ -140,8 +141,10 @@ def test_compiled_for_tpus_under_shard_map(tpus, dtype, shape):
 
 
 @pytest.mark.usefixtures("no_program_cache")
-def test_a_jit_over_a_mesh_of_tpus_takes_blocks_and_moves_no_array(tpus):
+@pytest.mark.parametrize("told", [True, False])
+def test_a_jit_over_a_mesh_of_tpus_moves_no_array(tpus, told):
+    """It takes the kernels where it is told of the mesh, else blocks."""
     step, arguments = program(jnp.bfloat16, implementation="auto", batch=2, length=512, heads=12)
-    text = compiled_for_tpus(step, arguments, tpus)
-    assert KERNEL_CALLS["tpu"] not in text
+    text = compiled_for_tpus(in_context(step, tpus) if told else step, arguments, tpus)
+    assert (KERNEL_CALLS["tpu"] in text) == told
     assert "all-gather" not in text
