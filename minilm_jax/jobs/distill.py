@@ -507,10 +507,11 @@ def _opening(
     def size(shape: EncoderConfig) -> str:
         return f"{shape.num_hidden_layers} layers × {shape.hidden_size}"
 
+    lift = f", {config.train.lift}" if devices.count > 1 else ""
     return (
         f"teacher  {config.teacher.source}: {size(teacher)}\n"
         f"student  {size(student)}, {config.student.init} start\n"
-        f"devices  {devices.count} × {devices.devices[0].device_kind}, {config.train.lift}"
+        f"devices  {devices.count} × {devices.devices[0].device_kind}{lift}"
     )
 
 

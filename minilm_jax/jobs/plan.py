@@ -296,7 +296,8 @@ def describe_plan(plan: Plan) -> str:
     """Returns the plan as lines of text."""
     lines = [
         f"run         {plan.name}",
-        f"hardware    {plan.hardware}: {plan.devices} devices, {plan.lift}",
+        f"hardware    {plan.hardware}: "
+        + (f"{plan.devices} devices, {plan.lift}" if plan.devices > 1 else "1 device"),
         f"parameters  teacher {plan.teacher_parameters / 1e6:.1f} M (the layers that are run), "
         f"student {plan.student_parameters / 1e6:.1f} M",
         f"a step      {plan.flops:.3g} FLOPs of matrix products over all devices",
