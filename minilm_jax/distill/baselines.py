@@ -21,7 +21,8 @@ from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import EncoderOutput, encode
 from minilm_jax.encoder.heads import MaskedLM
 from minilm_jax.errors import ConfigError
-from minilm_jax.reductions import Loss, Mean, sum_over_rows
+from minilm_jax.reductions import Loss, Mean
+from minilm_jax.rows import sum_over_rows
 
 TOKENS_A_BLOCK = 512
 """Tokens whose vocabulary scores exist at a time: 60 MB in fp32 at BERT's vocabulary."""

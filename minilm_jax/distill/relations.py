@@ -25,7 +25,7 @@ from minilm_jax.distill.relations_blocked import (
 )
 from minilm_jax.distill.relations_pallas import fits_pallas, pallas_sums
 from minilm_jax.errors import ConfigError
-from minilm_jax.reductions import sum_over_rows
+from minilm_jax.rows import sum_over_rows
 
 Implementation = Literal["auto", "reference", "blocked", "pallas"]
 

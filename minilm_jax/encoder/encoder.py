@@ -14,6 +14,7 @@ from minilm_jax.encoder.attention import Projections, SelfAttention
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.dense import Dense
 from minilm_jax.encoder.dropout import RowDropout
+from minilm_jax.rows import divide_rows
 
 
 @jax.custom_vjp
@@ -137,6 +138,7 @@ class Encoder(nn.Module):
                 projections.append(layer.project(hidden))
                 break
             hidden, projected = layer(hidden, segments, rows, deterministic)
+            hidden = divide_rows(hidden)
             hidden_states.append(hidden)
             projections.append(projected)
         return EncoderOutput(hidden_states=tuple(hidden_states), projections=tuple(projections))

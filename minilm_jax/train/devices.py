@@ -21,7 +21,7 @@ class Devices:
     `pmap` is data parallel: parameters are replicated, each device gets its rows, and the function
     sums over the axis "data" itself. `mesh` is one jit over a data × fsdp mesh: the function sees
     the global batch, parameters are sharded over "fsdp", and XLA inserts the sums; what XLA would
-    not divide is done for each device's own rows (`reductions.sum_over_rows`).
+    not divide is done for each device's own rows (`rows.sum_over_rows`).
 
     Both keep parameters without a leading device axis.
     """
@@ -208,7 +208,7 @@ class Devices:
             )
 
         def constrained(first: Any, frozen: Any, batch: Any) -> Any:
-            # reductions.sum_over_rows asks for it.
+            # rows.py asks for it.
             with use_abstract_mesh(self.mesh.abstract_mesh):
                 out = function(first, frozen, batch)
             # Keep what is carried to the next step where it was, or it would move every step.

@@ -201,6 +201,24 @@ def test_dropout_and_gradients_do_not_depend_on_the_device_count(objective, para
             np.testing.assert_allclose(b, a, rtol=0, atol=tolerance, err_msg=str(path))
 
 
+def test_a_mesh_divides_activations_by_rows():
+    """Not by columns as the parameters, with the rows gathered: a device holds what pmap's does."""
+    wide = dataclasses.replace(TEACHER, hidden_size=64, num_hidden_layers=3, intermediate_size=256)
+    objective = minilmv2(heads=8, teacher_layer=3, student_layer=3)
+    optimizer = optax.sgd(0.1)
+    step = make_step(objective.make_loss(wide, wide, Compute()), optimizer, seed=0)
+    params = {"encoder": jax.eval_shape(lambda: init_params(jax.random.key(0), wide))}
+    state = jax.eval_shape(lambda params: create_state(params, optimizer), params)
+    batch = rows_of([[d] for d in documents(64)], length=32)
+
+    def temporary(devices):
+        arguments = (devices.abstract(state), devices.abstract(params))
+        lowered = devices.lift_step(step).lower(*arguments, devices.abstract_batch(batch))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(Devices("mesh", fsdp=2)) < 1.1 * temporary(Devices())
+
+
 def test_remat_changes_memory_not_numbers(params):
     teacher, student = params
     batch = rows_of([[d] for d in documents(4)], length=12)
