@@ -17,8 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minilm_jax.encoder.dropout import kept
 
-ELEMENTS = 2**22
-"""Of the logits computed at a time on a CPU; 16 MB, of which a handful are alive at once."""
+FORWARD_ELEMENTS = 2**23
+"""Of the logits computed at a time on a CPU; 32 MB, of which two are alive at once."""
+
+BACKWARD_ELEMENTS = 2**20
+"""The same for the gradient, which has a handful of them alive."""
 
 
 class _Rows(NamedTuple):
@@ -86,7 +89,8 @@ def _forward(
     q, k, v = (
         _split_heads(x, heads) for x in (query * jnp.asarray(scale, query.dtype), key, value)
     )
-    mixed, log_total = _over_heads(partial(_forward_heads, rows=rows, rate=rate), q, k, v)
+    attend = partial(_forward_heads, rows=rows, rate=rate)
+    mixed, log_total = _over_heads(attend, q, k, v, elements=FORWARD_ELEMENTS)
     return _merge_heads(mixed), _Residuals(q, k, v, mixed, log_total, rows)
 
 
@@ -96,9 +100,9 @@ def _backward(
     # Or the compiler would find the same arithmetic in the forward pass and keep its results.
     residuals, cotangent = jax.lax.optimization_barrier((residuals, cotangent))
     *arrays, rows = residuals
-    gradients = _over_heads(
-        partial(_backward_heads, rows=rows, rate=rate), *arrays, _split_heads(cotangent, heads)
-    )
+    differentiate = partial(_backward_heads, rows=rows, rate=rate)
+    arrays.append(_split_heads(cotangent, heads))
+    gradients = _over_heads(differentiate, *arrays, elements=BACKWARD_ELEMENTS)
     query, key, value = (_merge_heads(x) for x in gradients)
     scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
     return query * scale, key, value, None
@@ -157,12 +161,19 @@ def _backward_heads(
     of_query = _product("bhql,bhlk->bhqk", of_logits, key)
     of_key = _product("bhkq,bhql->bhkl", _transpose(query), of_logits)
     of_value = _product("bhkq,bhql->bhkl", _transpose(cotangent), dropped.astype(dtype))
-    found = (of_query, _transpose(of_key), _transpose(of_value))
-    return found[0].astype(dtype), found[1].astype(dtype), found[2].astype(dtype)
+    # Without the barrier XLA would take the transposed product, which takes a CPU twice as long.
+    of_key, of_value = jax.lax.optimization_barrier((of_key, of_value))
+    return (
+        of_query.astype(dtype),
+        _transpose(of_key).astype(dtype),
+        _transpose(of_value).astype(dtype),
+    )
 
 
-def _over_heads(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
-    """Returns function(first head, *arrays) of all heads, on a CPU a few at a time.
+def _over_heads(
+    function: Callable[..., tuple[Array, ...]], *arrays: Array, elements: int
+) -> tuple[Array, ...]:
+    """Returns function(first head, *arrays) of all heads, on a CPU `elements` logits at a time.
 
     The loop is over heads, not rows: rows may be divided over the devices of a mesh.
     """
@@ -170,7 +181,7 @@ def _over_heads(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> t
     each = heads
     if isinstance(batch * length, int):  # those of an exported program may be symbols
         divisors = (n for n in range(heads, 0, -1) if heads % n == 0)
-        each = next(n for n in divisors if n == 1 or batch * n * length**2 <= ELEMENTS)
+        each = next(n for n in divisors if n == 1 or batch * n * length**2 <= elements)
 
     def whole(*arrays: Array) -> tuple[Array, ...]:
         return function(0, *arrays)

@@ -42,7 +42,8 @@ def problem():
 @pytest.mark.parametrize("elements", [2**22, 1])
 def test_value_and_gradient_are_the_formula_s(problem, dropout, elements, monkeypatch):
     arrays, segments, words = problem
-    monkeypatch.setattr(dot_product, "ELEMENTS", elements)  # all heads at once, or one at a time
+    for name in ("FORWARD_ELEMENTS", "BACKWARD_ELEMENTS"):  # all heads at once, or one at a time
+        monkeypatch.setattr(dot_product, name, elements)
     words = words if dropout else None
     weight = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
 
