@@ -49,6 +49,7 @@ class TaskBatches:
         self._max_length = max_length
         self._pad_id = pad_id
         self._lengths = np.array([len(feature.ids) for feature in features])
+        self._last_order: tuple[tuple[int, int], np.ndarray] | None = None
 
     @property
     def steps_an_epoch(self) -> int:
@@ -58,10 +59,17 @@ class TaskBatches:
     def at(self, step: int, *, seed: int) -> Batch:
         """Returns the batch of a training step: a function of (seed, step) alone."""
         epoch, index = divmod(step, self.steps_an_epoch)
-        order = np.random.default_rng((seed, epoch)).permutation(len(self.features))
         size = self.config.batch_size
-        rows = order[index * size : (index + 1) * size]
+        rows = self._order(seed, epoch)[index * size : (index + 1) * size]
         return self._batch(rows) | self._labels(rows)
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        """Returns the rows shuffled; one epoch's are kept, for all of its steps."""
+        last = self._last_order  # read once: another thread may replace it
+        if last is None or last[0] != (seed, epoch):
+            shuffled = np.random.default_rng((seed, epoch)).permutation(len(self.features))
+            self._last_order = last = (seed, epoch), shuffled
+        return last[1]
 
     def in_order(self) -> Iterator[tuple[np.ndarray, Batch]]:
         """Yields (rows, batch) of every row once; the first len(rows) of a batch are theirs.

@@ -259,7 +259,7 @@ def test_every_row_is_scored_once_whatever_the_layout():
         assert sorted(seen) == [0, 1, 2, 3, 4] and weights == 5 and lengths == shapes
 
 
-def test_an_epoch_holds_every_row_once_and_the_next_is_another():
+def test_an_epoch_holds_every_row_once_and_the_next_is_another(monkeypatch):
     features = rows(*range(1, 12))
     batches = TaskBatches(features, config=RowConfig(batch_size=4), max_length=64, pad_id=0)
     assert batches.steps_an_epoch == 3
@@ -272,5 +272,8 @@ def test_an_epoch_holds_every_row_once_and_the_next_is_another():
     assert sorted(epoch(0, 1)) == sorted(epoch(1, 1)) == list(range(1, 12))
     assert epoch(0, 1) == epoch(0, 1) != epoch(1, 1)
     assert epoch(0, 1) != epoch(0, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", None)
+        assert len(epoch(0, 2)) == 11  # shuffled once, not at each of its steps
     last = batches.at(2, seed=1)
     assert last["weights"].tolist() == [1, 1, 1, 0]
