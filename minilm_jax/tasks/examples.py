@@ -21,7 +21,7 @@ class TextExample:
     """A class name, a score (STS-B), or None where the split hides it."""
     language: str = "en"
     origin: str = ""
-    """File and line, for messages."""
+    """Where it stands, for messages: file and line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,12 @@ class QuestionExample:
     """Of the context and so of the answer: it decides MLQA's metric."""
     question_language: str = "en"
     origin: str = ""
+    """File and line, or file and id."""
 
 
 @dataclass
 class Skips:
-    """What was left out, counted by reason and listed by file and line."""
+    """What was left out, counted by reason and listed by origin."""
 
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[str] = field(default_factory=list)

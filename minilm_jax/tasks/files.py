@@ -108,8 +108,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield origin, value
 
 
-def read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """Returns a file's JSON object and its text, to find lines in."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a file's JSON object."""
     text = "\n".join(line for _, line in read_lines(path))
     try:
         value = json.loads(text)
@@ -119,4 +119,4 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
         raise DataError(
             f"{path}: is a {type(value).__name__}, not an object; is it SQuAD's format?"
         )
-    return value, text
+    return value

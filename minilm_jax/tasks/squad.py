@@ -1,6 +1,5 @@
 """SQuAD's JSON, versions 1.1 and 2.0, which MLQA and many others use too."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -35,11 +34,12 @@ def read_squad(
     Raises:
       DataError: the structure, an id, a question or the version is not what it should be.
     """
-    value, text = read_json(file)
+    value = read_json(file)
     found = []
     marked = False
-    for context, qa in _questions(value, file, text):
-        origin = _origin(file, text, qa)
+    for context, qa in _questions(value, file):
+        # The id, and no line: official files have one line.
+        origin = f"{file}, question {qa['id']!r}"
         marked = marked or "is_impossible" in qa
         impossible = bool(qa.get("is_impossible", False))
         question = _text(qa, "question", origin)
@@ -82,7 +82,7 @@ def read_squad(
     return found
 
 
-def _questions(value: Any, file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _questions(value: Any, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (context, question) in the file's order."""
     for article in _list(value, "data", file):
         for paragraph in _list(article, "paragraphs", file):
@@ -103,14 +103,6 @@ def _list(value: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
             f"{file}: no list {key!r} beside {', '.join(value)}; it is not in SQuAD's format"
         )
     return found
-
-
-def _origin(file: Path, text: str, qa: dict[str, Any]) -> str:
-    """Returns "file:line, question 'id'"; official files are one line long."""
-    quoted = (json.dumps(qa["id"]), json.dumps(qa["id"], ensure_ascii=False))
-    place = max(text.find(q) for q in quoted)
-    line = text.count("\n", 0, place) + 1 if place >= 0 else 1
-    return f"{file}:{line}, question {qa['id']!r}"
 
 
 def _text(qa: dict[str, Any], key: str, origin: str) -> str:
