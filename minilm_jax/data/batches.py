@@ -160,8 +160,9 @@ class Batches:
     def evaluation_batches(self, *, rows: slice | None = None) -> Iterator[Batch]:
         """Yields every document of the corpora exactly once, whatever the mixture.
 
-        The order depends on nothing but the corpora and the shape. The last batch is filled up
-        with empty rows (segments all 0).
+        The order depends on nothing but the corpora and the shape, and is shuffled: the first
+        batches are a fair sample, short documents and long. Where the rows do not fill the
+        batches, one of them, the last without buckets, ends with empty rows (segments all 0).
         """
         everything = np.arange(len(self._lengths))
         stream = _Stream(everything, self._lengths, self.config, seed=0, number=0)
@@ -170,12 +171,12 @@ class Batches:
         wanted = np.arange(size)[slice(None) if rows is None else rows]
         for batch in range(stream.units if self._bucketed else -(-stream.units // size)):
             if self._bucketed:
-                units, inside = np.full_like(wanted, batch), wanted
-                mine = np.arange(len(wanted))
+                places, inside = np.full_like(wanted, batch), wanted
             else:
-                units, inside = batch * size + wanted, np.zeros_like(wanted)
-                mine = np.flatnonzero(units < stream.units)
-            yield self._fill([plan.rows(units[mine], inside[mine], to=mine)], wanted)
+                places, inside = batch * size + wanted, np.zeros_like(wanted)
+            mine = np.flatnonzero(places < stream.units)
+            units = plan.order[places[mine]]
+            yield self._fill([plan.rows(units, inside[mine], to=mine)], wanted)
 
     # What a run is compared by
 
