@@ -1,9 +1,11 @@
 """The command line: parse, call a job, print. Nothing else."""
 
+import dataclasses
 import errno
 import importlib
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -108,7 +110,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
             raise ConfigError(f"{prog} needs an experiment file, such as experiments/quickstart.py")
         file, *arguments = arguments
         prog = f"{prog} {file}"
-        experiment = load_experiment(file)
+        experiment = make_way(load_experiment(file), arguments)
         kinds: tuple[type, ...] = tuple(configs.values())
         if command.experiment == "is its field run":
             kinds = get_args(get_type_hints(config_class)["run"])
@@ -140,6 +142,28 @@ def load_experiment(name: str) -> Any:
         public = [key for key in variables if not key.startswith("_")]
         raise ConfigError(f"experiment {file} has no {variant!r}{_nearest(variant, public)}")
     return variables[variant]
+
+
+def make_way(config: Any, options: list[str], *, prefix: str = "--") -> Any:
+    """Returns an experiment without what the options give an alternative of.
+
+    Of some fields exactly one is given, such as raw text or prepared corpora: an option for one
+    takes the place of the other. A config with such fields has a method `make_way(names)`.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        made = make_way(value, options, prefix=f"{prefix}{field.name}.")
+        if made is not value:
+            changes[field.name] = made
+    if changes:
+        config = dataclasses.replace(config, **changes)
+    if hasattr(config, "make_way"):
+        options = [option.removeprefix(prefix) for option in options if option.startswith(prefix)]
+        config = config.make_way({re.split("[.=]", option)[0] for option in options})
+    return config
 
 
 def usage() -> str:

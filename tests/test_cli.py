@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from minilm_jax.jobs import convert
 from minilm_jax.train.loop import Stopped
 
 EXPERIMENT = "experiments/quickstart.py"
+CHAIN = "experiments/minilm_v1/bert_base_6x384_assistant.py"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,7 @@ EXPERIMENT = "experiments/quickstart.py"
         (["distill", EXPERIMENT, "--teacher.source", "./missing"], "./missing does not exist"),
         (["distill", EXPERIMENT, "--student.num-attention-heads", "6"], "12 attention heads"),
         (["distill", EXPERIMENT, "--batch.sequence-length", "2"], "sequence_length is 2"),
+        (["distill", EXPERIMENT, "--text.corpora=c", "--text.source.paths=t"], "exactly one of"),
     ],
 )
 def test_a_mistake_gets_a_sentence_and_status_2(arguments, message, capsys):
@@ -40,6 +43,19 @@ def test_an_unknown_option_names_the_nearest(capsys):
         cli.main(["distill", EXPERIMENT, "--train.stesp", "3"])
     assert stop.value.code == 2
     assert "--train.steps" in capsys.readouterr().err
+
+
+def test_text_of_the_other_kind_takes_the_place_of_the_experiments():
+    """Raw text for prepared corpora and the reverse, in one run, in a chain, in a plan."""
+    _, config = cli.parse("distill", [EXPERIMENT, "--text.corpora", "a", "b"])
+    assert config.text.source is None
+    assert config.text.corpora == (Path("a"), Path("b"))
+    _, plan = cli.parse("plan", [EXPERIMENT, "--text.corpora=a"])
+    assert plan.run.text.source is None
+    _, chain = cli.parse("distill", [CHAIN, "--student.text.source.paths", "my text"])
+    assert chain.student.text.source.paths == ("my text",)
+    assert not chain.student.text.corpora
+    assert chain.assistant.text.corpora
 
 
 def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):

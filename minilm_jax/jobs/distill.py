@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation, make_step
 
 PLOT, STUDENT = "loss.png", "student"
+_ONE_TEXT = "give exactly one of text.source and text.corpora"
 EXPORTED_HEADS = ("mlm",)
 """Trained modules that are part of the student; learned projections are not."""
 
@@ -99,13 +100,29 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if (self.source is None) == (not self.corpora):
-            raise ConfigError("give exactly one of text.source and text.corpora")
+            raise ConfigError(_ONE_TEXT)
         if not 0.0 < self.heldout < 1.0:
             raise ConfigError(f"text.heldout must be between 0 and 1, got {self.heldout}")
         if self.evaluate_batches < 1:
             raise ConfigError(
                 f"text.evaluate_batches must be at least 1, got {self.evaluate_batches}"
             )
+
+    def make_way(self, names: Set[str]) -> "TextConfig":
+        """Returns the text for a command line that gives the fields `names`.
+
+        Of source and corpora the one that is not given goes; the other is named, for the command
+        line to fill in.
+        """
+        given = names & {"source", "corpora"}
+        if given == {"source"} and self.source is None:
+            source = TextSource(paths=("text.source.paths",))
+            return dataclasses.replace(self, source=source, corpora=())
+        if given == {"corpora"}:
+            return dataclasses.replace(self, source=None, corpora=(Path("text.corpora"),))
+        if len(given) > 1:
+            raise ConfigError(_ONE_TEXT)
+        return self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

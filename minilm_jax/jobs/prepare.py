@@ -22,8 +22,9 @@ class PrepareConfig:
     """Folder of the corpus."""
     workers: int | None = None
     """Processes; 0 works in this one, None takes one for each core."""
-    heldout: float = 0.0
-    """Share of the documents, chosen by a hash of their text, that is kept out of training."""
+    heldout: float = 0.01
+    """Share of the documents, chosen by a hash of their text, that is kept out of training;
+    distillation measures its loss on them, and is refused where there are none."""
     shard_tokens: int = 64 << 20
     """Tokens of a shard; an interruption loses at most the shard in the making, per worker."""
 
@@ -52,6 +53,8 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
     for reason, count in sorted(manifest.skipped.items()):
         say(f"skipped  {count:>14,} {reason}")
     say(f"corpus   {config.output}")
+    if not manifest.splits.get("heldout"):
+        say("         holds out no document: minilm-jax distill needs some, see --heldout")
     return manifest
 
 

@@ -60,6 +60,7 @@ def test_the_options_are_parsed_into_configs(tmp_path):
     command = ["--source.paths", "a", "b", "--tokenizer", "t", "--output", "o", "--workers", "3"]
     config = tyro.cli(prepare.PrepareConfig, args=command, config=(tyro.conf.AvoidSubcommands,))
     assert config.source == TextSource(paths=("a", "b")) and config.workers == 3
+    assert config.heldout > 0  # or the corpus is refused by `distill`
     command = ["--source.format", "machine-docs", "--output", "o", "--kind", "sentencepiece"]
     assert tyro.cli(tokenizer.TokenizerConfig, args=command).source.paths == ()
     assert tyro.cli(inspect.InspectConfig, args=["--corpus", "c"]).split == "train"
