@@ -4,24 +4,24 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from minilm_jax.errors import CheckpointError
-from minilm_jax.train.checksums import check_files, write_checksums
+from minilm_jax.train.checksums import find_damage, write_checksums
 from minilm_jax.train.hosts import any_process, wait_for_all, writes
 from minilm_jax.train.state import TrainState
 
 HELDOUT = "heldout"
 _ITEM = "default"
 """What Orbax calls the only thing a step holds, and the folder it is in."""
+Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
@@ -29,8 +29,9 @@ class Checkpoints:
     """The checkpoints of one run, in one folder, written by Orbax.
 
     Orbax commits a step by renaming its finished folder, so a killed save leaves only a temporary
-    folder, removed at the next start. Each holds checksums of its files beside them. A step that
-    cannot be read back as it was written is set aside with a warning and the one before it is used.
+    folder, removed at the next start. Each holds checksums of its files beside them. A step whose
+    files are not as they were written is set aside with a warning and the one before it is used; an
+    intact one that cannot be taken up is an error, and stays.
 
     Where the run has several processes, all of them call each method, and share the folder.
     """
@@ -122,26 +123,26 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, state: TrainState, shardings: TrainState) -> TrainState | None:
-        """Returns the latest readable state placed as `shardings` say, None where there is none.
+        """Returns the latest undamaged state placed as `shardings` say, None where there is none.
 
         Args:
           state: a state of the right structure, shapes and dtypes; its values are not read.
           shardings: a tree of shardings like `state`.
 
         Raises:
-          CheckpointError: there are checkpoints and none of them is readable.
+          CheckpointError: there are checkpoints and all of them are damaged; or the latest that is
+            not holds another state than `state`, or cannot be read now.
         """
-        target = _target(state, shardings)
         begun = self._manager.latest_step() is not None
         while (step := self._manager.latest_step()) is not None:
-            read, damage = self._read(step, target)
-            if read is not None:
-                return read
+            damage = self._damage(step)
+            if not damage:
+                return self._read(step, state, shardings)
             self._set_aside(step, damage)
         if begun:
             raise CheckpointError(
-                f"{self.folder}: no checkpoint can be read, see the warnings above; they were kept "
-                "there as unreadable-STEP, and the next start begins anew"
+                f"{self.folder}: every checkpoint is damaged, see the warnings above; they were "
+                "kept there as unreadable-STEP, and the next start begins anew"
             )
         return None
 
@@ -157,32 +158,53 @@ class Checkpoints:
         step = self._manager.best_step()
         if step is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint with a held-out loss")
-        read, damage = self._read(step, _target(state, shardings))
-        if read is None:
+        damage = self._damage(step)
+        if damage:
             raise CheckpointError(
-                f"{self.folder}: the best checkpoint, of step {step}, cannot be read ({damage}); "
+                f"{self.folder}: the best checkpoint, of step {step}, is damaged ({damage}); "
                 "--train.export last --override train.export exports the last one"
             )
-        return step, read
+        return step, self._read(step, state, shardings)
 
-    def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str]:
-        """Returns what the step holds, or None and why it cannot be read; the same everywhere."""
+    def _damage(self, step: int) -> str:
+        """Returns what of the step is not as it was written, "" where all is."""
+        # A share, because what one process finds counts for all.
+        share = {"part": jax.process_index(), "parts": jax.process_count()}
+        item = self.folder / str(step) / _ITEM
+        mine = self._agreed(step, lambda: find_damage(item, **share))
+        return (mine or "found by another process") if any_process(bool(mine)) else ""
+
+    def _read(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
+        """Returns the state that the undamaged step holds."""
+        return self._agreed(step, lambda: self._read_alone(step, state, shardings))
+
+    def _read_alone(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
         mine = jax.process_index()
         # Alone: a process that fails must not leave the others waiting for it inside Orbax.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process{mine}"
         )
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
         options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-        read, damage = None, "by another process"
+        with ocp.CheckpointManager(self.folder, options=options, item_handlers=handler) as manager:
+            target = _target(state, shardings)._asdict()
+            _refuse_another_state(manager.item_metadata(step), target)
+            return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(target)))
+
+    def _agreed(self, step: int, work: Callable[[], Result]) -> Result:
+        """Returns what `work` returns here; CheckpointError where it fails in any process."""
+        failure = None
         try:
-            # A share, because what one finds counts for all.
-            check_files(self.folder / str(step) / _ITEM, part=mine, parts=jax.process_count())
-            with ocp.CheckpointManager(self.folder, options=options) as manager:
-                found = manager.restore(step, args=ocp.args.StandardRestore(target._asdict()))
-            read = TrainState(**found)
+            result = work()
         except Exception as error:
-            damage = _first_line(error)
-        return (None, damage) if any_process(read is None) else (read, "")
+            failure = error
+        if any_process(failure is not None):
+            reason = _first_line(failure) if failure else "it failed in another process"
+            raise CheckpointError(
+                f"checkpoint {self.folder / str(step)} cannot be taken up: {reason}; it is left as "
+                "it is: mend that and run the same command, or choose another --output"
+            ) from failure
+        return result
 
     def check(self) -> None:
         """Raises CheckpointError where the last save has failed; waits for none that runs."""
@@ -220,7 +242,7 @@ class Checkpoints:
         """Moves a step out of the way; one process does, the others wait for it."""
         source, target = self.folder / str(step), self.folder / f"unreadable-{step}"
         log.warning(
-            "checkpoint of step %d cannot be read (%s); moved to %s, trying the one before",
+            "checkpoint of step %d is damaged (%s); moved to %s, trying the one before",
             step,
             reason,
             target,
@@ -246,12 +268,33 @@ class _Sealed(ocp.StandardCheckpointHandler):
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def _heldout(metrics: Mapping[str, float]) -> float:
     value = metrics[HELDOUT]
     return value if math.isfinite(value) else math.inf
+
+
+def _refuse_another_state(stored: Any, target: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless arrays of the same names, shapes and dtypes are stored."""
+    found, wanted = _arrays(stored), _arrays(target)
+    changed = [
+        f"{name} is {found.get(name, 'absent')} in it and {wanted.get(name, 'absent')} in this run"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"it holds another state ({len(changed)} arrays differ: {', '.join(changed[:2])})"
+        )
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def _target(state: TrainState, shardings: TrainState) -> TrainState:
@@ -261,31 +304,3 @@ def _target(state: TrainState, shardings: TrainState) -> TrainState:
         state,
         shardings,
     )
-
-
-def read_params(folder: Path, params: Any) -> Any:
-    """Returns only the parameters of the latest checkpoint, for fine-tuning and export.
-
-    Args:
-      folder: a run's `checkpoints` folder.
-      params: a tree of the right structure (arrays or ShapeDtypeStructs).
-
-    Raises:
-      CheckpointError: there is no complete checkpoint, or a file of it is damaged.
-    """
-    with ocp.CheckpointManager(folder.absolute()) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise CheckpointError(f"{folder} holds no complete checkpoint")
-        try:
-            check_files(folder / str(step) / _ITEM)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}, step {step}: {error}") from None
-        target = {"params": params}
-        # As numpy: where they go is the caller's business, not the saving run's.
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-        read = manager.restore(
-            step,
-            args=ocp.args.PyTreeRestore(target, restore_args=as_numpy, partial_restore=True),
-        )
-    return read["params"]

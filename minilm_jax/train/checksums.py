@@ -4,8 +4,6 @@ import json
 import zlib
 from pathlib import Path
 
-from minilm_jax.errors import CheckpointError
-
 CHECKSUMS = "checksums.json"
 _PIECE = 1 << 18
 
@@ -17,8 +15,8 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
-def check_files(folder: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Reads the files again, and compares them with what `write_checksums` found.
+def find_damage(folder: Path, *, part: int = 0, parts: int = 1) -> str:
+    """Returns which file is missing or not what `write_checksums` read; "" where there is none.
 
     Args:
       folder: that was written.
@@ -26,17 +24,18 @@ def check_files(folder: Path, *, part: int = 0, parts: int = 1) -> None:
       parts: how many shares there are.
 
     Raises:
-      CheckpointError: a file, or the checksums themselves, are missing or not what was written.
+      OSError: a file that is there cannot be read: that is no proof of damage.
     """
     try:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
         for name in sorted(sums)[part::parts]:
             if _crc32(folder / name) != sums[name]:
-                raise CheckpointError(f"{name} has a wrong checksum")
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}") from None
+                return f"{name} has a wrong checksum"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
     except ValueError as error:
-        raise CheckpointError(f"{CHECKSUMS} is damaged: {error}") from None
+        return f"{CHECKSUMS} is damaged: {error}"
+    return ""
 
 
 def _crc32(path: Path) -> int:

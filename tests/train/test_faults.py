@@ -12,11 +12,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small_run import STEPS, assert_same, batch_at, run
 
 from minilm_jax.errors import CheckpointError, UserError
-from minilm_jax.train.checkpoint import Checkpoints, read_params
+from minilm_jax.train import checkpoint
+from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.nonfinite import DUMPS
 from minilm_jax.train.state import TrainState
@@ -41,10 +43,14 @@ def state_of(step):
     return TrainState(step=jnp.int32(step), params=params, opt_state=opt_state)
 
 
-def restore(folder):
-    devices = Devices("pmap", devices=jax.devices()[:1])
+def shardings(state):
+    return Devices("pmap", devices=jax.devices()[:1]).shardings(state)
+
+
+def restore(folder, state=None):
+    state = state or state_of(0)
     with Checkpoints(folder) as checkpoints:
-        return checkpoints.restore(state_of(0), devices.shardings(state_of(0)))
+        return checkpoints.restore(state, shardings(state))
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +108,46 @@ def test_steps_taken_during_a_save_do_not_reach_it(tmp_path):
     np.testing.assert_array_equal(state.params, expected.params + 5)
 
 
-def test_a_damaged_parameter_is_not_exported(tmp_path, saved):
+def test_an_intact_checkpoint_that_cannot_be_taken_up_stays(tmp_path, saved, monkeypatch):
+    """Other settings, too little memory, storage that fails for a moment: no damage."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)
-    wanted = jax.eval_shape(lambda: state_of(9).params)
-    assert_same(read_params(folder, wanted), state_of(9).params)
-    largest = max((folder / "9").rglob("*/d/*"), key=lambda path: path.stat().st_size)
+    other = state_of(0)._replace(opt_state={"count": jnp.int32(0), "zeros": jnp.zeros((7, 100))})
+    with pytest.raises(
+        CheckpointError,
+        match=r"9 cannot be taken up: it holds another state \(1 arrays differ: opt_state/zeros is "
+        r"float32\[100, 100\] in it and float32\[7, 100\] in this run\); it is left as it is",
+    ):
+        restore(folder, other)
+
+    def too_much(*_, **__):
+        raise MemoryError("too little memory")
+
+    def lost(*_, **__):
+        raise OSError("stale file handle")
+
+    for owner, name, fails in (
+        (ocp.CheckpointManager, "restore", too_much),
+        (checkpoint, "find_damage", lost),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fails)
+            with pytest.raises(CheckpointError, match=r"taken up: (too little|stale file)"):
+                restore(folder)
+    assert_same(restore(folder), state_of(9))
+
+
+def test_a_damaged_best_is_not_exported(tmp_path):
+    with Checkpoints(tmp_path, keep_best=True) as checkpoints:
+        checkpoints.save(6, state_of(6), heldout=0.1)
+        checkpoints.save(9, state_of(9), heldout=0.2)
+    largest = max((tmp_path / "6").rglob("*/d/*"), key=lambda path: path.stat().st_size)
     flip_a_bit(largest)
-    with pytest.raises(CheckpointError, match=r"step 9: .* has a wrong checksum"):
-        read_params(folder, wanted)
+    with (
+        Checkpoints(tmp_path, keep_best=True) as checkpoints,
+        pytest.raises(CheckpointError, match=r"of step 6, is damaged \(.* has a wrong checksum"),
+    ):
+        checkpoints.restore_best(state_of(0), shardings(state_of(0)))
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path, saved):
@@ -118,7 +155,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path, saved):
     shutil.copytree(saved, folder)
     for manifest in folder.glob("*/default/manifest.ocdbt"):
         manifest.unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint can be read"):
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         restore(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["unreadable-6", "unreadable-9"]
     assert restore(folder) is None

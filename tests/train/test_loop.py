@@ -8,13 +8,12 @@ import signal
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_run import ADAM, STEPS, assert_same, batch_at, run
 
 from minilm_jax.errors import CheckpointError, ConfigError, UserError
-from minilm_jax.train.checkpoint import Checkpoints, read_params
+from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.loop import Stopped, TrainConfig
@@ -131,6 +130,7 @@ def test_the_best_is_kept_and_the_latest_resumed(tmp_path):
     assert step == best.step == 6
     assert not np.array_equal(best.params["kernel"], state.params["kernel"])
     assert plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
     account = Goodput(folder / GOODPUT).account()
     assert account.seconds["evaluation"] > 0
 
@@ -200,7 +200,7 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path, whole
             path.unlink()
     state = run(tmp_path)
     gc.collect()  # here, where the complaint is expected
-    assert "step 9 cannot be read" in caplog.text
+    assert "step 9 is damaged" in caplog.text
     assert_same(state, whole[0])
 
 
@@ -235,11 +235,3 @@ def test_other_devices_restore_the_same_state(tmp_path, whole):
     run(tmp_path)
     for devices in (Devices("pmap"), Devices("mesh", fsdp=4)):
         assert_same(jax.device_get(run(tmp_path, devices=devices)), jax.device_get(whole[0]))
-
-
-def test_parameters_alone_can_be_read_and_the_loss_drawn(tmp_path, whole):
-    run(tmp_path)
-    params = read_params(tmp_path / "checkpoints", {"kernel": jnp.zeros((4, 4))})
-    np.testing.assert_array_equal(params["kernel"], whole[0].params["kernel"])
-    assert plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
