@@ -20,24 +20,13 @@ from minilm_jax.convert.safetensors_file import write_safetensors
 from minilm_jax.convert.sentence import read_sentence, write_sentence
 from minilm_jax.convert.strict_json import read_json
 from minilm_jax.convert.weights import Weights, find_weights, open_weights
+from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, TOKENIZER_FILES
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import CheckpointError
 
 Dtype = Literal["float32", "float16", "bfloat16", "source"]
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _HF_DTYPES = {"F64": "float64", **{code: name for name, code in _CODES.items()}}
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-)
 
 
 def read_model(
@@ -376,7 +365,7 @@ def _name_tokenizer(folder: Path, config: EncoderConfig) -> None:
     In a folder like Multilingual-MiniLM's, a BERT with a SentencePiece model, it silently builds
     a vocabulary of five entries.
     """
-    if config.model_type == "xlm-roberta" or not (folder / "sentencepiece.bpe.model").exists():
+    if config.model_type == "xlm-roberta" or not (folder / SENTENCEPIECE_FILE).exists():
         return
     named = {"tokenizer_class": "XLMRobertaTokenizer"}
     write_json(folder / "config.json", read_json(folder / "config.json") | named)

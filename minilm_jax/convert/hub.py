@@ -3,24 +3,14 @@
 import re
 from pathlib import Path
 
+from minilm_jax.convert.sentence import SENTENCE_FILES
 from minilm_jax.convert.strict_json import read_json
 from minilm_jax.convert.weights import WEIGHT_FILES, find_weights
+from minilm_jax.data.tokenizers import TOKENIZER_FILES
 from minilm_jax.errors import CheckpointError
 
-# Never code, and one form of the weights: a repository may hold five.
-_SMALL = [
-    "config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
-    "modules.json",
-    "1_Pooling/config.json",
-    "2_Normalize/*",
-]
+# What is read: never code, and one form of the weights, of which a repository may hold five.
+_SMALL = ["config.json", *TOKENIZER_FILES, *SENTENCE_FILES]
 _FORMS = (
     ["model*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],

@@ -1,7 +1,6 @@
 """How sentence-transformers makes one embedding of hidden states: read from, written to a folder.
 
-Pooling has no parameters; its "names" are modules.json, 1_Pooling/config.json and
-sentence_bert_config.json. The function itself is `encoder.heads.pool`.
+Pooling has no parameters, only these files. The function itself is `encoder.heads.pool`.
 """
 
 import dataclasses
@@ -14,6 +13,9 @@ from minilm_jax.convert.strict_json import read_json, read_json_list
 from minilm_jax.encoder.heads import Pooling
 from minilm_jax.errors import CheckpointError
 
+_MODULES, _POOLING = "modules.json", "1_Pooling/config.json"
+_LIMITS = "sentence_bert_config.json"
+SENTENCE_FILES = (_MODULES, _POOLING, _LIMITS)
 _MODES: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -41,7 +43,7 @@ def read_sentence(folder: Path, *, max_length: int) -> Sentence | None:
     Raises:
       CheckpointError: a module or a pooling that `encoder.heads.pool` does not compute.
     """
-    file = folder / "modules.json"
+    file = folder / _MODULES
     if not file.exists():
         return None
     modules = read_json_list(file)
@@ -54,9 +56,9 @@ def read_sentence(folder: Path, *, max_length: int) -> Sentence | None:
     if modules[0].get("path") != "" or modules[1].get("path") != "1_Pooling":
         raise CheckpointError(f"{file}: the modules lie in other folders than '' and '1_Pooling'")
     return Sentence(
-        pooling=_pooling(folder / "1_Pooling" / "config.json"),
+        pooling=_pooling(folder / _POOLING),
         normalize=len(kinds) == 3,
-        max_length=_max_length(folder / "sentence_bert_config.json", max_length),
+        max_length=_max_length(folder / _LIMITS, max_length),
     )
 
 
@@ -85,7 +87,7 @@ def write_sentence(folder: Path, sentence: Sentence, *, width: int) -> None:
     """Returns nothing; makes `folder` one that sentence-transformers loads."""
     names = ["Transformer", "Pooling", *(["Normalize"] if sentence.normalize else [])]
     write_json(
-        folder / "modules.json",
+        folder / _MODULES,
         [
             {
                 "idx": index,
@@ -96,14 +98,14 @@ def write_sentence(folder: Path, sentence: Sentence, *, width: int) -> None:
             for index, name in enumerate(names)
         ],
     )
-    (folder / "1_Pooling").mkdir()
+    (folder / _POOLING).parent.mkdir()
     flags = {key: mode == sentence.pooling for key, mode in _MODES.items()}
     others = {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
     write_json(
-        folder / "1_Pooling" / "config.json",
+        folder / _POOLING,
         {"word_embedding_dimension": width, **flags, **others},
     )
     write_json(
-        folder / "sentence_bert_config.json",
+        folder / _LIMITS,
         {"max_seq_length": sentence.max_length, "do_lower_case": False},
     )

@@ -24,10 +24,11 @@ Ids = UInt32[np.ndarray, "L"]
 Offsets = Int32[np.ndarray, "L 2"]
 
 SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
-_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", SENTENCEPIECE_FILE),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+"""All that a folder may hold of a tokenizer; what is fetched, read and copied."""
 _ROLES = ("cls", "sep", "pad", "unk", "mask")
 _USUAL_NAMES: dict[Kind, tuple[str, ...]] = {
     "wordpiece": ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"),
@@ -211,12 +212,12 @@ def load_tokenizer(folder: str | Path, *, vocab_size: int | None = None) -> Toke
 
     Raises:
         DataError: No tokenizer is there, it is broken, has more ids than the model has rows or
-            so few that it belongs to another model, or knows no word at all.
+            so few that it belongs to another model, knows no word at all, or is XLM's.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the tokenizer")
-    present = tuple(folder / name for name in _FILES if (folder / name).is_file())
+    present = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     names = {path.name for path in present}
     try:
         # The order matters: the Multilingual-MiniLM folder calls itself a BERT, and only its
@@ -440,6 +441,14 @@ def wordpiece_spec(
 
 
 def _load_merges(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
+    # XLM's files have the same names. There a piece says that it ends a word, here that it begins
+    # one after a space.
+    vocab = _read_json(folder / "vocab.json")
+    if sum(piece.endswith("</w>") for piece in vocab) > sum(piece[:1] == "Ġ" for piece in vocab):
+        raise DataError(
+            f"{folder}: vocab.json and merges.txt are XLM's, whose own BPE is not rebuilt here: XLM"
+            " models can be converted, not distilled, fine-tuned or evaluated"
+        )
     settings = _read_json(folder / "tokenizer_config.json")
     prefix = bool(settings.get("add_prefix_space", False))
     model = rust.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))

@@ -26,7 +26,7 @@ from minilm_jax.convert.verify import (
     random_batch,
     refuse_disagreement,
 )
-from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, load_tokenizer
+from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, TOKENIZER_FILES, load_tokenizer
 from minilm_jax.errors import CheckpointError, ConfigError
 
 
@@ -162,8 +162,7 @@ def _xlm_tokenizer(model: Model, folder: Path) -> tuple[Path, ...]:
             f"{folder / 'vocab.json'} has {entries:,} entries, the model "
             f"{model.config.vocab_size:,} rows: it belongs to another model"
         )
-    names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-    return tuple(folder / name for name in names if (folder / name).is_file())
+    return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
 
 
 # Verification

@@ -1,7 +1,9 @@
 """Every form and spelling of a checkpoint reads as the same model; every form out reads back."""
 
 import dataclasses
+import fnmatch
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from minilm_jax.convert.export import load_export, write_export
 from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.convert.model import Model, flatten
 from minilm_jax.convert.orbax_form import write_orbax
-from minilm_jax.convert.sentence import Sentence
+from minilm_jax.convert.sentence import SENTENCE_FILES, Sentence
 from minilm_jax.convert.verify import check_round_trip, random_batch
+from minilm_jax.data.tokenizers import TOKENIZER_FILES
 from minilm_jax.errors import CheckpointError
 from minilm_jax.jobs.convert import ConvertConfig, run
 
@@ -484,6 +487,33 @@ def test_hub_cache_links_to_its_blobs(good, tmp_path, monkeypatch):
     ((name, revision, patterns),) = calls
     assert (name, revision) == ("org/name", "main")
     assert not any(pattern.endswith(".py") or pattern == "*" for pattern in patterns)
+
+
+def test_a_hub_id_gives_what_its_folder_gives(good, tmp_path, monkeypatch):
+    """Everything that reading uses is fetched, and no more."""
+    import huggingface_hub
+
+    sentence = Sentence(pooling="cls", normalize=True, max_length=12)
+    hosted = write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "hosted")
+    for name in (*TOKENIZER_FILES, "modeling.py", "pytorch_model.bin", "onnx.model"):
+        (hosted / name).touch()
+
+    def download(name, *, revision, allow_patterns):
+        fetched = tmp_path / "fetched"
+        for file in hosted.rglob("*"):
+            relative = file.relative_to(hosted)
+            if any(fnmatch.fnmatch(str(relative), pattern) for pattern in allow_patterns):
+                (fetched / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, fetched / relative)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = read_model("org/name")
+    _same(good, model)
+    assert model.sentence == sentence
+    assert model.tokenizer_folder is not None
+    there = {str(f.relative_to(tmp_path / "fetched")) for f in model.tokenizer_folder.rglob("*.*")}
+    assert there == {"config.json", "model.safetensors", *TOKENIZER_FILES, *SENTENCE_FILES}
 
 
 def test_offline_hub_is_one_sentence(monkeypatch):

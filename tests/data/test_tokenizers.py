@@ -134,6 +134,17 @@ def test_a_folder_without_a_tokenizer_says_what_was_expected(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_xlms_own_bpe_is_not_read_as_robertas(tmp_path):
+    """Its files have the same names; ids of byte-level BPE would be wrong ones, in silence."""
+    pieces = ["<s>", "</s>", "<pad>", "<unk>", "<special1>", *"thea", "th", "the</w>", "a</w>"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    for counts in ("", " 123"):
+        (tmp_path / "merges.txt").write_text(f"t h{counts}\nth e</w>{counts}\n")
+        with pytest.raises(DataError, match=r"are XLM's.* can be converted, not distilled"):
+            load_tokenizer(tmp_path)
+
+
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(TEXT, max_size=4))
 @example(texts=["a\x0bb c\x1cd", "", " ", "word " * 40])
