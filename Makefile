@@ -48,5 +48,6 @@ test-newest:
 	$(MAKE) install-test VENV=.venv-newest PYTHON=$(NEWEST_PYTHON)
 	.venv-newest/bin/python -m pytest -n 2 --dist loadscope -m "not slow and not torch"
 
+# Everything, the long runs too, with programs compiled as users' are (tests/conftest.py).
 test-slow: install-test
-	$(BIN)/python -m pytest -m slow --timeout=3600
+	JAX_DISABLE_MOST_OPTIMIZATIONS=False $(BIN)/python -m pytest -n 2 --dist loadscope --timeout=3600

@@ -1,7 +1,12 @@
 """Eight emulated devices for every test, and a teacher small enough to distil in one."""
 
+import os
 import string
 from pathlib import Path
+
+# Most of the tests' time goes into compiling small programs that run once; LLVM optimises little,
+# in subprocesses too. `make test-slow` runs all tests on programs compiled as users' are.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")
 
 import jax
 import pytest
