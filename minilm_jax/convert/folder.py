@@ -228,8 +228,8 @@ def write_model(
 ) -> Path:
     """Returns `folder`, now a Hugging Face folder that `transformers` loads with no extra step.
 
-    Written beside and renamed at the end: a run that is killed leaves the old state. An existing
-    folder is replaced only if it is an earlier, untouched output.
+    Written beside and renamed at the end (`output.replace_folder`). An existing folder is replaced
+    only if it is an earlier, untouched output.
 
     Args:
       model: what to write; its `params` may hold NumPy or JAX arrays.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,22 +61,40 @@ def is_own_output(folder: Path) -> bool:
     )
 
 
+def _clear_up(target: Path) -> None:
+    """Returns nothing; undoes what killed writes of `target` left half done beside it."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-\d+")
+    for left in target.parent.iterdir() if target.parent.is_dir() else ():
+        match = ours.fullmatch(left.name)
+        if match and match[1] == "old" and not target.exists():
+            left.rename(target)
+        elif match:
+            shutil.rmtree(left)
+
+
 def replace_folder(
     target: Path, fill: Callable[[Path], None], *, source: Path | None = None
 ) -> Path:
     """Returns `target` after `fill` wrote a folder beside it that was then renamed to it.
+
+    A write that fails leaves the old state. So does one that is killed, but for the instant between
+    its two renames: the old folder then lies beside as `.NAME.old-…`, and the next write puts it
+    back before anything else. What killed writes left beside the target is removed.
 
     Raises:
       CheckpointError: `target` holds something that this package did not write, or is the source.
     """
     if source is not None and target.resolve() == source.resolve():
         raise CheckpointError(f"{target} is the source itself: choose another target")
-    empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not empty and not (target.is_dir() and is_own_output(target)):
-        raise CheckpointError(f"{target} exists and is no untouched output of ours: choose another")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
+        _clear_up(target)
+        empty = target.is_dir() and not any(target.iterdir())
+        if target.exists() and not empty and not (target.is_dir() and is_own_output(target)):
+            raise CheckpointError(
+                f"{target} exists and is no untouched output of ours: choose another"
+            )
         partial.mkdir(parents=True)
         fill(partial)
         if target.exists():

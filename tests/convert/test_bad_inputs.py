@@ -631,6 +631,27 @@ def test_50_crash_in_the_middle_leaves_the_old_output(stage, tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
 
 
+def test_50_what_killed_writes_left_is_put_right(tmp_path):
+    """One was killed between its two renames, one in the middle; process ids come again."""
+    model = read_model(small_bert(tmp_path / "source"))
+    target = write_model(model, tmp_path / "target")
+    before = {f.name: f.read_bytes() for f in target.iterdir()}
+    target.rename(tmp_path / ".target.old-7")
+    for process in (7, 8, os.getpid()):
+        (tmp_path / f".target.partial-{process}").mkdir()
+        (tmp_path / f".target.partial-{process}" / "config.json").touch()
+    (tmp_path / ".target.old-thesis").mkdir()
+
+    def fails(folder):
+        raise CheckpointError("verification failed")
+
+    with pytest.raises(CheckpointError, match="verification failed"):
+        write_model(model, target, dtype="float16", check=fails)
+    assert {f.name: f.read_bytes() for f in target.iterdir()} == before
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == [".target.old-thesis", "source", "target"]
+
+
 def test_50_target_that_cannot_be_written(convert, tmp_path, capsys):
     folder = small_bert(tmp_path / "source")
     (tmp_path / "file").write_text("")
