@@ -1,6 +1,6 @@
 """The model card that stands in every folder we write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -8,9 +8,23 @@ from minilm_jax import __version__
 from minilm_jax.convert.model import Model, flatten
 
 
-def model_card(model: Model, architecture: str, *, stored_as: Sequence[str]) -> str:
-    """Returns README.md: what the weights are, where they came from, how to load them."""
+def model_card(
+    model: Model, architecture: str, *, stored_as: Sequence[str], origin: Mapping[str, str] | None
+) -> str:
+    """Returns README.md: what the weights are, where they came from, how to load them.
+
+    Args:
+      model: that is written.
+      architecture: its class in transformers.
+      stored_as: the dtypes of its weights.
+      origin: how the weights came about, by name; None names the model's source.
+    """
     config = model.config
+    if origin is None:
+        origin = {
+            "source": model.source or "trained with minilm_jax",
+            "SHA-256 of the source's weights": model.fingerprint or "none",
+        }
     lines = {
         "architecture": architecture,
         "layers × width × heads": f"{config.num_hidden_layers} × {config.hidden_size} × "
@@ -18,11 +32,12 @@ def model_card(model: Model, architecture: str, *, stored_as: Sequence[str]) -> 
         "vocabulary": f"{config.vocab_size:,}",
         "parameters": f"{sum(int(np.prod(leaf.shape)) for _, leaf in flatten(model.params)):,}",
         "stored as": ", ".join(stored_as),
-        "source": model.source or "trained with minilm_jax",
-        "SHA-256 of the source's weights": model.fingerprint or "none",
+        **origin,
         "written by": f"minilm_jax {__version__}",
     }
-    rows = "\n".join(f"| {key} | {value} |" for key, value in lines.items())
+    rows = "\n".join(
+        "| {} | {} |".format(key, value.replace("|", r"\|")) for key, value in lines.items()
+    )
     return f"""---
 library_name: transformers
 ---

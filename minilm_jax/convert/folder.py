@@ -222,7 +222,7 @@ def write_model(
     dtype: Dtype = "float32",
     max_shard_bytes: int = 2 * 10**9,
     tokenizer_files: Iterable[Path] | None = None,
-    card: str | None = None,
+    origin: Mapping[str, str] | None = None,
     on_tensor: OnTensor | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -237,7 +237,7 @@ def write_model(
       dtype: of the stored weights; "source" stores each tensor as it was read (fp64 as fp32).
       max_shard_bytes: larger models are split into files of at most this size.
       tokenizer_files: copied along; None takes those of the model's source.
-      card: README.md's text; None writes a generated one.
+      origin: rows of the model card that say how the weights came about; None names the source.
       on_tensor: called after each tensor with its name, bytes done, and bytes in all.
       check: called on the finished folder before it takes its name; what it raises undoes all.
 
@@ -279,7 +279,7 @@ def write_model(
         if model.sentence is not None:
             write_sentence(partial, model.sentence, width=model.config.hidden_size)
         (partial / "README.md").write_text(
-            card or model_card(model, architecture, stored_as=_names(codes))
+            model_card(model, architecture, stored_as=_names(codes), origin=origin)
         )
         write_manifest(partial, source=model.source, sha256=model.fingerprint)
         if check is not None:

@@ -248,8 +248,14 @@ class _Run:
         """Writes student, plot and result."""
         config, target = self.config, self.config.output / STUDENT
         kept = {name: params[name] for name in ("encoder", *EXPORTED_HEADS) if name in params}
+        # The teacher's settings and tokenizer, and no source: these weights were read nowhere.
         student = dataclasses.replace(
-            self.teacher, config=self.shape, params=self.devices.fetch(kept), stored_dtypes={}
+            self.teacher,
+            config=self.shape,
+            params=self.devices.fetch(kept),
+            source="",
+            fingerprint="",
+            stored_dtypes={},
         )
         result = DistillResult(
             student=str(target),
@@ -258,7 +264,8 @@ class _Run:
             heldout=figures,
         )
         if writes():
-            write_model(student, target, tokenizer_files=tokenizer.files)
+            origin = _origin(config, result, teacher=self.teacher.fingerprint)
+            write_model(student, target, tokenizer_files=tokenizer.files, origin=origin)
             plot_loss(config.output / METRICS, config.output / PLOT)
             write_json(config.output / RESULT, dataclasses.asdict(result))
         wait_for_all("exported")
@@ -530,6 +537,25 @@ def _opening(
         f"student  {size(student)}, {config.student.init} start\n"
         f"devices  {devices.count} × {devices.devices[0].device_kind}{lift}"
     )
+
+
+def _origin(config: DistillConfig, result: DistillResult, *, teacher: str) -> dict[str, str]:
+    """Returns how the student came about, for its model card."""
+    source, corpora = config.text.source, read_json(config.output / "data.json")["corpora"]
+    names = config.text.corpora if source is None else source.paths or (source.format,)
+    sizes = {unit: sum(corpus[unit] for corpus in corpora) for unit in ("documents", "tokens")}
+    best = ", then that of the lowest held-out loss" if config.train.export == "best" else ""
+    return {
+        "distilled from": config.teacher.source,
+        "SHA-256 of the teacher's weights": teacher,
+        "objective": f"`{config.objective}`",
+        "text": f"{', '.join(map(str, names))}: {sizes['documents']:,} documents, "
+        f"{sizes['tokens']:,} tokens",
+        "steps": f"{result.steps:,} of {config.batch.batch_size:,} × "
+        f"{config.batch.sequence_length} tokens{best}",
+        "held-out loss": f"{result.heldout['after']:.4f}, before training "
+        f"{result.heldout['before']:.4f}",
+    }
 
 
 def _summarise(result: DistillResult, config: DistillConfig, say: Callable[[str], None]) -> None:

@@ -448,7 +448,8 @@ def _start(
     elif task.kind == "score":
         hf_config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
         hf_config["problem_type"] = "regression"
-    return dataclasses.replace(source, hf_config=hf_config, params=params), params
+    # What embedded sentences no longer does.
+    return dataclasses.replace(source, hf_config=hf_config, params=params, sentence=None), params
 
 
 def _batches(

@@ -58,6 +58,15 @@ def test_from_text_to_a_student_that_is_nearer_to_its_teacher(config):
     assert f"{heldout['after']:.4f}" in said
     student = read_model(result.student)
     assert student.config.hidden_size == 24
+    card = (config.output / "student" / "README.md").read_text()
+    assert f"| distilled from | {config.teacher.source} |" in card
+    teacher = read_model(config.teacher.source).fingerprint
+    assert f"| SHA-256 of the teacher's weights | {teacher} |" in card
+    assert "relations=(('qk', 1.0), ('vv', 1.0))" in card
+    assert f"| text | {config.text.source.paths[0]}: " in card
+    assert "| steps | 30 of 8 × 32 tokens |" in card
+    assert f"| held-out loss | {heldout['after']:.4f}, before training" in card
+    assert "source" not in card
     assert (config.output / "loss.png").exists()
     rows = [json.loads(x) for x in (config.output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]

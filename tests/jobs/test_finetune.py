@@ -11,6 +11,7 @@ from official_files import write_glue, write_mlqa, write_squad, write_tsv, write
 from tiny_models import write_tiny
 
 from minilm_jax.convert.folder import read_model
+from minilm_jax.convert.sentence import Sentence
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError, DataError
 from minilm_jax.jobs import evaluate, finetune, running
@@ -578,7 +579,11 @@ def test_outputs_of_other_classes_are_no_start(official, bert, tmp_path):
     config = make("wnli", tmp_path / "rte", official, tmp_path / "wnli")
     labels = finetune._labels(TASKS["wnli"], source, [])
     assert labels == ("entailment", "not_entailment")  # the checkpoint's order, not the task's
-    _, params = finetune._start(config, TASKS["wnli"], source, labels)
+    source = dataclasses.replace(
+        source, sentence=Sentence(pooling="mean", normalize=True, max_length=64)
+    )
+    model, params = finetune._start(config, TASKS["wnli"], source, labels)
+    assert model.sentence is None  # a classifier embeds no sentences
     kept = params["sequence_classifier"]["output"]["kernel"]
     np.testing.assert_array_equal(kept, source.params["sequence_classifier"]["output"]["kernel"])
     labels = finetune._labels(TASKS["sst2"], source, [])
