@@ -78,13 +78,12 @@ class Prefetch(Generic[Batch]):
             raise StopIteration
         begin = time.monotonic()
         try:
-            batch = self._wait() if self._threads else self._make(self._next)
+            batch = self._wait() if self._threads else self._make_now()
         finally:
             self.data_wait_s += time.monotonic() - begin
         if isinstance(batch, _Failure):
             self.close()
             raise batch.error
-        self._next += 1
         return batch
 
     def close(self) -> None:
@@ -96,6 +95,11 @@ class Prefetch(Generic[Batch]):
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
+
+    def _make_now(self) -> Batch:
+        batch = self._make(self._next)
+        self._next += 1
+        return batch
 
     def _wait(self) -> "Batch | _Failure":
         deadline = time.monotonic() + self._patience_s
@@ -114,6 +118,8 @@ class Prefetch(Generic[Batch]):
                     )
                 self._condition.wait(min(remaining, 1.0))
             batch = self._ready.pop(self._next)
+            # Before a worker that this wakes looks whether there is room.
+            self._next += 1
             self._condition.notify_all()
             return batch
 

@@ -1,9 +1,11 @@
 import threading
 import time
 import traceback
+import types
 
 import pytest
 
+from minilm_jax.data import prefetch
 from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.errors import DataError
 
@@ -29,6 +31,19 @@ def test_no_more_is_made_than_may_wait():
             next(batches)
         time.sleep(0.05)
     assert len(made) <= 4 + 3
+
+
+def test_no_wake_up_is_lost_on_a_consumer_that_dawdles(monkeypatch):
+    """It does so right after it has taken a batch, when a worker looks whether there is room."""
+    real = time.monotonic
+
+    def dawdling():
+        time.sleep(0.01)
+        return real()
+
+    monkeypatch.setattr(prefetch, "time", types.SimpleNamespace(monotonic=dawdling))
+    with Prefetch(square, stop=4, ahead=1, patience_s=0.5) as batches:
+        assert list(batches) == [0, 1, 4, 9]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
