@@ -17,7 +17,7 @@ Path = tuple[str, ...]
 class OptimizerConfig:
     """Optimizer and learning rate schedule. Rates are for the global batch, never per device."""
 
-    name: Literal["adamw", "lamb", "muon", "sgd"] = "adamw"
+    name: Literal["adamw", "lamb", "sgd"] = "adamw"
     learning_rate: float = 3e-4
     """Peak learning rate."""
     warmup_steps: int = 4000
@@ -99,14 +99,6 @@ def make_optimizer(
                 eps=config.eps,
                 weight_decay=config.weight_decay,
                 mask=decay_mask,
-            )
-        case "muon":
-            core = optax.contrib.muon(
-                schedule,
-                adam_b1=config.b1,
-                adam_b2=config.b2,
-                weight_decay=config.weight_decay,
-                weight_decay_mask=decay_mask,
             )
         case "sgd":
             core = optax.chain(

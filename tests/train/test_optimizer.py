@@ -1,5 +1,7 @@
 """Schedules and where weight decay applies."""
 
+from typing import get_args, get_type_hints
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("name", get_args(get_type_hints(OptimizerConfig)["name"]))
 def test_decay_spares_biases_norms_and_what_the_loss_does_not_reach(name):
     config = OptimizerConfig(
         name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5
