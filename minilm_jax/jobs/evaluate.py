@@ -46,8 +46,8 @@ class EvaluateConfig:
     output: Path
     """Gets predictions/, results.csv (added to) and tables.md."""
     name: str = ""
-    """What tables call the model; "" is the folder's name. Evaluations of one name and several
-    tasks share a row."""
+    """What tables call the model; "" is the end of its path, as long as tells several models
+    apart. Evaluations of one name and several tasks share a row."""
     splits: tuple[str, ...] = ("dev",)
     """dev, test; also dev-mm, test-mm and ax of MNLI."""
     languages: tuple[str, ...] = ()
@@ -64,6 +64,10 @@ class EvaluateConfig:
     """pmap: data parallel. mesh: jit over the devices."""
     limit: int = 0
     """Examples of each part at most, to try things; 0 is all."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ConfigError(f"limit must not be negative, got {self.limit}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,14 +95,14 @@ class PartResult:
 
 def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[ResultRow]:
     """Returns the figures measured, after writing predictions, results.csv and tables.md."""
-    if not config.models:
-        raise ConfigError("models: give at least one")
+    names = model_names(config)
     task = TASKS[config.task]
     devices = Devices(config.lift)
     devices.check_batch(config.batch.batch_size)
     rows: list[ResultRow] = []
-    for source in config.models:
+    for source, name in zip(config.models, names, strict=True):
         model, tokenizer = load(source)
+        check_name(name, task, model, config.output / RESULTS)
         check_length(config.lengths, model)
         labels = model_labels(task, model, config.labels)
         evaluator = Evaluator(
@@ -112,8 +116,7 @@ def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[R
             batch=config.batch,
             compute=config.compute,
         )
-        name = config.name or Path(source).name
-        folder = config.output / PREDICTIONS / name.replace("/", "_")
+        folder = config.output / PREDICTIONS / _as_folder(name)
         for part in parts(config):
             data = evaluator.read(config.data, part, limit=config.limit)
             report_skips(data, say)
@@ -141,6 +144,47 @@ def parts(config: EvaluateConfig) -> list[Part]:
         return [p for p in pairs if p.language in chosen and p.question_language in chosen]
     languages = config.languages or TASKS[config.task].languages
     return [Part(split=split, language=code) for split in config.splits for code in languages]
+
+
+def model_names(config: EvaluateConfig) -> list[str]:
+    """Returns what tables and folders of predictions call the models, each by a name of its own.
+
+    Raises:
+      ConfigError: there is no model, one stands there twice, or several would share `name`.
+    """
+    if not config.models:
+        raise ConfigError("models: give at least one")
+    if config.name:
+        if len(config.models) > 1:
+            raise ConfigError(
+                f"name={config.name} cannot stand for {len(config.models)} models: evaluate each "
+                "by itself, or leave the name out"
+            )
+        return [config.name]
+    paths = [Path(source) for source in config.models]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [Path(*path.parts[-depth:]).as_posix() for path in paths]
+        if len(set(map(_as_folder, names))) == len(names):
+            return names
+    raise ConfigError(f"models: {', '.join(config.models)} holds a model twice; give each once")
+
+
+def _as_folder(name: str) -> str:
+    return name.replace("/", "_")
+
+
+def check_name(name: str, task: Task, model: Model, results: Path) -> None:
+    """Raises ConfigError where a file of results has figures of another model by this name.
+
+    Tables would show one of them for the other. The same folder, trained again, is no other model.
+    """
+    for row in read_rows(results) if results.exists() else ():
+        same = model.source == row.model or model.fingerprint == row.model_sha256
+        if (row.name, row.task) == (name, task.name) and not same:
+            raise ConfigError(
+                f"{results} calls {row.model} {name!r} on {task.name}, so {model.source} needs "
+                "another name: give --name, or another output"
+            )
 
 
 def load(source: str) -> tuple[Model, Tokenizer]:

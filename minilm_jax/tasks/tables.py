@@ -128,14 +128,12 @@ Figures = dict[tuple[str, str, str, str, str], list[float]]
 def _figures(rows: Sequence[ResultRow]) -> dict[str, Figures]:
     """Returns model name → (task, split, language, question language, metric) → its seeds' values.
 
-    A figure measured again replaces the one before.
+    A figure measured again replaces the one before; without a seed, a name is one model's.
     """
-    found: dict[str, dict[tuple, dict[tuple[str, str], float]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
+    found: dict[str, dict[tuple, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         key = (row.task, row.split, row.language, row.question_language, row.metric)
-        found[row.name][key][row.seed, row.model] = row.value
+        found[row.name][key][row.seed] = row.value
     return {
         name: {key: list(values.values()) for key, values in figures.items()}
         for name, figures in found.items()

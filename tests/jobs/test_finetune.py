@@ -272,18 +272,45 @@ def test_selection_early_stopping_and_the_best_kept(official, bert, tmp_path, mo
     best, kept = (read_model(tmp_path / "run" / name) for name in ("best", "step-4"))
     assert best.fingerprint == kept.fingerprint
     assert best.fingerprint != read_model(tmp_path / "run/step-8").fingerprint
-    rows = evaluate.run(
-        EvaluateConfig(
-            task="sst2",
-            models=tuple(str(p) for p in sorted((tmp_path / "run").glob("step-*"))),
-            data=TaskData(folder=official),
-            output=tmp_path / "scores",
-            lengths=LENGTHS,
-            batch=RowConfig(batch_size=8),
-        ),
-        say=quiet,
+    config = EvaluateConfig(
+        task="sst2",
+        models=tuple(str(p) for p in sorted((tmp_path / "run").glob("step-*"))),
+        data=TaskData(folder=official),
+        output=tmp_path / "scores",
+        lengths=LENGTHS,
+        batch=RowConfig(batch_size=8),
     )
+    rows = evaluate.run(config, say=quiet)
     assert [row.name for row in rows] == ["step-2", "step-4", "step-6", "step-8"]
+    # Another call into the same output: the table would show one model's figure as the other's.
+    before = (tmp_path / "scores/predictions/step-2/sst2-dev.tsv").read_bytes()
+    other = dataclasses.replace(config, models=config.models[-1:], name="step-2")
+    with pytest.raises(ConfigError, match=r"step-2 'step-2' on sst2, so .*step-8 needs another"):
+        evaluate.run(other, say=quiet)
+    assert (tmp_path / "scores/predictions/step-2/sst2-dev.tsv").read_bytes() == before
+    assert read_rows(tmp_path / "scores/results.csv") == rows
+
+
+def test_models_are_named_by_what_tells_them_apart(tmp_path):
+    config = EvaluateConfig(
+        task="rte", models=("runs/a",), data=TaskData(folder=tmp_path), output=tmp_path
+    )
+
+    def names(*models, **changes):
+        return evaluate.model_names(dataclasses.replace(config, models=models, **changes))
+
+    assert names("runs/a") == ["a"] and names("runs/a", name="ours") == ["ours"]
+    assert names("runs/a/student", "runs/b/student/") == ["a/student", "b/student"]
+    assert names("p/a/x", "p/b/x", "q/b/x") == ["p/a/x", "p/b/x", "q/b/x"]
+    for models, changes, message in [
+        ((), {}, "give at least one"),
+        (("runs/a", "./runs/a/"), {}, "holds a model twice"),
+        (("a", "b"), {"name": "ours"}, "name=ours cannot stand for 2 models"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            names(*models, **changes)
+    with pytest.raises(ConfigError, match="limit must not be negative"):
+        dataclasses.replace(config, limit=-1)
 
 
 def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_path, monkeypatch):
