@@ -42,7 +42,7 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.flops import gradient_flops
 from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hosts import wait_for_all, writes
-from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.loop import Evaluation, TrainConfig
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import (
     OptimizerConfig,
@@ -343,7 +343,9 @@ class _Run:
                 schedule=self.schedule,
                 goodput=goodput,
                 flops=self._flops_of_a_batch(),
-                evaluate=lambda state: evaluate(evaluated_params(state, config.optimizer)),
+                evaluate=lambda state: Evaluation(
+                    heldout=evaluate(evaluated_params(state, config.optimizer))
+                ),
             )
             if config.train.export == "best":
                 step, state = checkpoints.restore_best(state, devices.shardings(state))

@@ -50,11 +50,9 @@ from minilm_jax.tasks.features import LengthConfig, question_features, text_feat
 from minilm_jax.tasks.losses import TaskModel, init_head
 from minilm_jax.tasks.own import label_names
 from minilm_jax.tasks.tables import ResultRow, append_rows, mean_and_deviation, read_rows
-from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hosts import wait_for_all, writes
-from minilm_jax.train.loop import EngineConfig, TrainConfig
+from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig, stoppable
 from minilm_jax.train.optimizer import (
     OptimizerConfig,
     evaluated_params,
@@ -66,7 +64,7 @@ from minilm_jax.train.run_folder import (
     read_json,
     write_json,
 )
-from minilm_jax.train.state import create_state
+from minilm_jax.train.state import TrainState, create_state
 from minilm_jax.train.step import make_step
 
 EVALUATIONS = "evaluations.json"
@@ -153,6 +151,10 @@ class FinetuneConfig:
     override: tuple[str, ...] = ()
     """Dotted names of settings that may differ from the run that is resumed."""
 
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ConfigError(f"limit must not be negative, got {self.limit}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
@@ -177,7 +179,8 @@ def run(
     Started again after an interruption it continues; started again when finished it says so.
     """
     say = join_hosts(config.train, say)
-    return _sweep(config, say) if config.sweep.given else _run(config, say)
+    with stoppable():
+        return _sweep(config, say) if config.sweep.given else _run(config, say)
 
 
 def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
@@ -213,7 +216,17 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
     ]
     described = describe(config, model=source.fingerprint, data=digest(examples))
     training = _Training(
-        config, model, params, batches, devices, tokenizer, evaluator, described, began
+        config,
+        model=model,
+        params=params,
+        batches=batches,
+        devices=devices,
+        tokenizer=tokenizer,
+        evaluator=evaluator,
+        selection=selection,
+        described=described,
+        began=began,
+        say=say,
     )
     with own_folder(config.output, described, override=config.override):
         if (config.output / RESULT).exists():
@@ -225,7 +238,7 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
             f"{task.name}: {len(examples):,} examples, {len(batches.features):,} rows; model "
             f"{config.model}; {devices.count} × {devices.devices[0].platform}"
         )
-        best = training.run(selection, say)
+        best = training.run()
         result = _report(config, task, tokenizer, evaluator, reported, best, say)
         if writes():
             write_json(config.output / RESULT, dataclasses.asdict(result))
@@ -262,22 +275,27 @@ def report_parts(config: FinetuneConfig) -> list[Part]:
 
 
 class _Training:
-    """The run between two evaluations, again and again."""
+    """The training, and the evaluations on the way: the best model is written when it is found."""
 
     def __init__(
         self,
         config: FinetuneConfig,
+        *,
         model: Model,
         params: dict[str, Any],
         batches: TaskBatches,
         devices: Devices,
         tokenizer: Tokenizer,
         evaluator: Evaluator,
+        selection: Sequence[PartData],
         described: dict[str, Any],
         began: float,
+        say: Say,
     ) -> None:
+        """Compiles nothing yet, and does not look at the run's folder."""
         schedule = config.schedule
-        self.described, self.began = described, began
+        self.selection, self.described, self.began, self.say = selection, described, began, say
+        self.records: list[dict[str, Any]] = []
         self.config, self.model, self.devices = config, model, devices
         self.batches, self.tokenizer, self.evaluator = batches, tokenizer, evaluator
         self.task = TASKS[config.task]
@@ -309,78 +327,85 @@ class _Training:
         self.step = devices.lift_step(step)
         self.start = create_state(params, self.optimizer)
 
-    def run(self, selection: Sequence[PartData], say: Say) -> dict[str, Any]:
-        """Returns the best evaluation's record, after training and evaluating in turns."""
-        file = self.config.output / EVALUATIONS
-        records: list[dict[str, Any]] = read_json(file) if file.exists() else []
-        goodput = open_goodput(self.config.output, began=self.began)
-        with open_checkpoints(
-            self.config.output, self.config.train, metadata={"config": self.described}
-        ) as checkpoints:
-            while not self._finished(records):
-                until = min(self.steps, (len(records) + 1) * self.every)
-                state = self._fit(until, checkpoints, goodput)
-                params = self.devices.fetch(evaluated_params(state, self.optimizer_config))
-                record = self._evaluate(int(state.step), params, selection)
-                goodput.lap("evaluation")
-                goodput.record(record["step"])
-                say(
-                    f"step {record['step']:,}  {record['metric']} {record['selection']:.2f} on "
-                    + ", ".join(record["scores"])
+    def run(self) -> dict[str, Any]:
+        """Returns the best evaluation's record, after what is left of the training."""
+        output = self.config.output
+        if (output / EVALUATIONS).exists():
+            self.records = read_json(output / EVALUATIONS)
+        goodput = open_goodput(output, began=self.began)
+        if not self._enough():
+            with open_checkpoints(
+                output, self.config.train, metadata={"config": self.described}
+            ) as checkpoints:
+                train(
+                    self.step,
+                    self.start,
+                    None,
+                    self._batch,
+                    output=output,
+                    config=TrainConfig(
+                        **vars(self.config.train), steps=self.steps, evaluate_every=self.every
+                    ),
+                    described=self.described,
+                    devices=self.devices,
+                    checkpoints=checkpoints,
+                    schedule=make_schedule(self.optimizer_config, steps=self.steps),
+                    goodput=goodput,
+                    evaluate=self._evaluate,
                 )
-                if self.config.schedule.keep_models == "all":
-                    self._write(params, self.config.output / f"step-{record['step']}")
-                if record["selection"] > max((r["selection"] for r in records), default=-1e9):
-                    self._write(params, self.config.output / BEST)
-                records.append(record)
-                if writes():
-                    write_json(file, records)
-        say(f"time {goodput.account()}")
-        return {**max(records, key=lambda record: record["selection"]), "last": records[-1]["step"]}
+        self.say(f"time {goodput.account()}")
+        best = max(self.records, key=lambda record: record["selection"])
+        return {**best, "last": self.records[-1]["step"]}
 
-    def _finished(self, records: Sequence[dict[str, Any]]) -> bool:
-        if not records:
+    def _enough(self) -> bool:
+        """Returns whether the last step was evaluated, or the patience has come to its end."""
+        if not self.records:
             return False
-        best = max(range(len(records)), key=lambda index: records[index]["selection"])
-        waited = len(records) - 1 - best
+        selections = [record["selection"] for record in self.records]
+        waited = len(selections) - 1 - selections.index(max(selections))
         patience = self.config.schedule.patience
-        return records[-1]["step"] >= self.steps or bool(patience and waited >= patience)
+        return self.records[-1]["step"] >= self.steps or bool(patience and waited >= patience)
 
-    def _fit(self, until: int, checkpoints: Checkpoints, goodput: Goodput) -> Any:
-        """Returns the state after step `until`, from the latest checkpoint on."""
-        return train(
-            self.step,
-            self.start,
-            None,
-            self._batch,
-            output=self.config.output,
-            config=TrainConfig(**vars(self.config.train), steps=until),
-            of_steps=self.steps,
-            described=self.described,
-            devices=self.devices,
-            checkpoints=checkpoints,
-            schedule=make_schedule(self.optimizer_config, steps=self.steps),
-            goodput=goodput,
+    def _evaluate(self, state: TrainState) -> Evaluation:
+        """Returns whether the run ends here, after scoring and recording what the state is worth.
+
+        The best model is written before its record: a record means that the model is there.
+        """
+        step, output = int(state.step), self.config.output
+        params = self.devices.fetch(evaluated_params(state, self.optimizer_config))
+        record = self._score(step, params)
+        # A start that was cut off may have recorded steps which were not saved any more.
+        before = [earlier for earlier in self.records if earlier["step"] < step]
+        self.say(
+            f"step {step:,}  {record['metric']} {record['selection']:.2f} on "
+            + ", ".join(record["scores"])
         )
+        if self.config.schedule.keep_models == "all":
+            self._write(params, output / f"step-{step}")
+        if all(record["selection"] > earlier["selection"] for earlier in before):
+            self._write(params, output / BEST)
+        self.records = [*before, record]
+        if writes():
+            write_json(output / EVALUATIONS, self.records)
+        return Evaluation(enough=self._enough())
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         rows = self.devices.rows(self.config.batch.batch_size)
         batch = self.batches.at(step, seed=self.config.train.seed)
         return {name: x[rows] for name, x in batch.items()}
 
-    def _evaluate(
-        self, step: int, params: dict[str, Any], selection: Sequence[PartData]
-    ) -> dict[str, Any]:
+    def _score(self, step: int, params: dict[str, Any]) -> dict[str, Any]:
+        """Returns the record of a step."""
         metric = self.task.metrics[0]
         scores = {}
         weighted = 0.0
-        for data in selection:
+        for data in self.selection:
             result = self.evaluator.score(params, data)
             if not result.scores:
                 raise ConfigError(f"{data.part} has no labels, so it cannot select checkpoints")
             scores[str(data.part)] = result.scores
             weighted += result.scores[metric] * len(data.examples)
-        total = sum(len(data.examples) for data in selection)
+        total = sum(len(data.examples) for data in self.selection)
         return {"step": step, "metric": metric, "selection": weighted / total, "scores": scores}
 
     def _write(self, params: dict[str, Any], folder: Path) -> None:

@@ -14,7 +14,7 @@ from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.hosts import join, writes
-from minilm_jax.train.loop import EngineConfig, TrainConfig, fit
+from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import PROFILE, Profile
 from minilm_jax.train.run_folder import METRICS, open_run, versions
@@ -93,14 +93,13 @@ def train(
     *,
     output: Path,
     config: TrainConfig,
-    of_steps: int | None = None,
     described: Mapping[str, Any],
     devices: Devices,
     checkpoints: Checkpoints,
     schedule: optax.Schedule,
     goodput: Goodput,
     flops: Callable[[Any], int] | None = None,
-    evaluate: Callable[[TrainState], float] | None = None,
+    evaluate: Callable[[TrainState], Evaluation] | None = None,
 ) -> TrainState:
     """Returns the state after the last step; `fit` with all that a run's folder gets.
 
@@ -110,15 +109,14 @@ def train(
       frozen: placed arguments that are not trained.
       batch_at: this process's rows of the batch of a step, counted from 0.
       output: the run's folder.
-      config: of the run, to the step it goes to.
-      of_steps: the steps shown as the whole, where the run goes on later.
+      config: of the run.
       described: the run, shown beside its curves.
       devices: where it runs.
       checkpoints: where it saves and resumes.
       schedule: learning rate, for the log.
       goodput: books where the time goes.
       flops: of a step on a placed batch.
-      evaluate: held-out loss of a state.
+      evaluate: looks at a state every config.evaluate_every steps, as in `fit`.
     """
     return fit(
         step,
@@ -133,7 +131,7 @@ def train(
         checkpoints=checkpoints,
         make_monitor=lambda first: Monitor(
             output / METRICS,
-            steps=of_steps or config.steps,
+            steps=config.steps,
             first_step=first,
             devices=devices.devices,
             trackers=open_trackers(config.trackers, output, config=described, first_step=first),

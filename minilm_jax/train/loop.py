@@ -5,7 +5,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -53,6 +53,8 @@ class EngineConfig:
     """The processes of the run; not part of what it computes."""
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"train.seed must not be negative, got {self.seed}")
         for name in ("accumulate", "fsdp", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
@@ -72,7 +74,7 @@ class TrainConfig(EngineConfig):
     steps: int = 400_000
     """Optimizer steps of the whole run."""
     evaluate_every: int = 0
-    """Steps between measurements of the held-out loss, each with a checkpoint; 0: none."""
+    """Steps between evaluations, each with a checkpoint; 0: none."""
     export: Literal["last", "best"] = "last"
     """best: the checkpoint of the lowest held-out loss; needs evaluate_every."""
 
@@ -88,8 +90,17 @@ class TrainConfig(EngineConfig):
             raise ConfigError("train.export=best needs train.evaluate_every: nothing is compared")
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation on the way found, the same in every process."""
+
+    heldout: float | None = None
+    """A held-out loss: it is logged, and decides which checkpoint is the best."""
+    enough: bool = False
+    """Whether the run ends here, whatever steps are left."""
+
+
 class Stopped(UserError):  # noqa: N818 - an outcome, not a fault
-    """The run was asked to stop; its state is saved. `signum` is the signal that asked."""
+    """The job was asked to stop; what it did is saved. `signum` is the signal that asked."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -110,9 +121,11 @@ def fit(
     goodput: Goodput | None = None,
     flops: Callable[[Any], int] | None = None,
     profile: Profile | None = None,
-    evaluate: Callable[[TrainState], float] | None = None,
+    evaluate: Callable[[TrainState], Evaluation] | None = None,
 ) -> TrainState:
     """Returns the state after the last step, resuming from the latest checkpoint.
+
+    The last step is that of the config, or the one whose evaluation said that it is enough.
 
     The host never waits for a step it does not report: metrics of an interval stay on the devices
     until it is logged.
@@ -130,10 +143,13 @@ def fit(
       goodput: books where the time goes.
       flops: of the matrix products of a step on a placed batch, over all devices; for the log.
       profile: traces some steps.
-      evaluate: held-out loss of a state; called every config.evaluate_every steps, at the last too.
+      evaluate: looks at a state every config.evaluate_every steps and at the last, before it is
+        saved: where a process dies in between, the steps since the checkpoint before and the
+        evaluation are done again.
 
     Raises:
-      Stopped: SIGTERM or SIGINT arrived; everything up to the last finished step is saved.
+      Stopped: SIGTERM or SIGINT arrived, be it in the last step; everything up to the last
+        finished step is saved.
       UserError: the loss is not finite and config.nonfinite is "stop", or the devices have too
         little memory.
       CheckpointError: the disk has no room, a save has failed, or no checkpoint can be read.
@@ -179,23 +195,26 @@ def fit(
                         monitor, done, pending, schedule, nonfinite, goodput, done - timed, work
                     )
                     pending, timed, work = [], done, 0
-                stopping = _agree_to_stop(stop, done, config)
                 evaluating = evaluate is not None and _due(done, config.evaluate_every, config)
-                if evaluating or stopping or _due(done, config.save_every, config):
-                    if config.nonfinite == "stop":
-                        nonfinite.examine(pending, done)  # nothing poisoned is saved
-                    jax.block_until_ready(state)  # saving would wait, but waiting is not saving
+                saving = evaluating or _due(done, config.save_every, config)
+                if saving:
+                    _settle(state, pending, done, nonfinite)
                     goodput.lap("training")
-                    heldout = None
-                    if evaluate is not None and evaluating:
-                        heldout = evaluate(state)
-                        if monitor is not None:
-                            monitor.log_heldout(done, heldout)
-                        goodput.lap("evaluation")
-                    checkpoints.save(done, state, heldout=heldout)
+                found = Evaluation()
+                if evaluate is not None and evaluating:
+                    found = evaluate(state)
+                    if found.heldout is not None and monitor is not None:
+                        monitor.log_heldout(done, found.heldout)
+                    goodput.lap("evaluation")
+                # Asked after the evaluation, which may have taken long.
+                stopping = _agree_to_stop(stop, done, config)
+                if saving or stopping:
+                    _settle(state, pending, done, nonfinite)
+                    goodput.lap("training")
+                    checkpoints.save(done, state, heldout=found.heldout)
                     goodput.lap("checkpoints")
                     goodput.record(done)
-                if stopping and done < config.steps:
+                if stopping:
                     # Another process may have had the signal.
                     signum = stop[0] if stop else signal.SIGTERM
                     raise Stopped(
@@ -203,6 +222,8 @@ def fit(
                         "saved; run the same command to continue",
                         signum,
                     )
+                if found.enough:
+                    break
         finally:
             if monitor is not None:
                 monitor.close()
@@ -223,7 +244,16 @@ def _agree_to_stop(stop: list[int], done: int, config: TrainConfig) -> bool:
     if jax.process_count() == 1:
         return bool(stop)
     # Asking costs a round trip, so it is asked only where the host waits for the devices anyway.
-    return done % config.log_every == 0 and any_process(bool(stop))
+    return _due(done, config.log_every, config) and any_process(bool(stop))
+
+
+def _settle(
+    state: TrainState, pending: list[dict[str, Any]], done: int, nonfinite: NonfiniteSteps
+) -> None:
+    """Returns once the state is there and known to be sound: nothing poisoned is saved."""
+    if nonfinite.policy == "stop":
+        nonfinite.examine(pending, done)
+    jax.block_until_ready(state)  # whatever comes next would wait, but waiting is not saving
 
 
 def _report(
@@ -280,26 +310,65 @@ def _memory_explained() -> Iterator[None]:
         ) from error
 
 
+class _Asked(BaseException):
+    """A signal, on its way through whatever the job was at; no handler of errors stops it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ends a job at the first SIGTERM or SIGINT, wherever it is; a second one ends the process.
+
+    For what happens around `fit`, such as reading, tokenising and writing the result. `fit` itself
+    handles the signals while it runs: it finishes its step, and saves it.
+
+    Raises:
+      Stopped: a signal arrived.
+    """
+
+    def ask(signum: int) -> None:
+        raise _Asked(signum)
+
+    try:
+        with _first_signal(ask):
+            yield
+    except _Asked as asked:
+        raise Stopped(
+            f"stopped by {signal.Signals(asked.signum).name}; run the same command to continue",
+            asked.signum,
+        ) from None
+
+
 @contextmanager
 def _signals() -> Iterator[list[int]]:
     """Yields a list that receives the first SIGTERM or SIGINT; a second one ends the process."""
     received: list[int] = []
+    with _first_signal(received.append):
+        yield received
+
+
+@contextmanager
+def _first_signal(receive: Callable[[int], None]) -> Iterator[None]:
+    """Has the first SIGTERM or SIGINT call `receive`; a second one ends the process."""
     previous: dict[signal.Signals, Any] = {}
 
-    def receive(signum: int, _: Any) -> None:
-        received.append(signum)
+    def handle(signum: int, _: Any) -> None:
         # The system's own action: at once, whatever Python waits for. A save that it cuts short
         # leaves the one before.
         for number in previous:
             signal.signal(number, signal.SIG_DFL)
+        receive(signum)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
-            previous[number] = signal.signal(number, receive)
+            previous[number] = signal.signal(number, handle)
         except ValueError:  # not the main thread: the caller handles its own signals
             break
     try:
-        yield received
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

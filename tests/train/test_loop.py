@@ -16,7 +16,7 @@ from minilm_jax.errors import CheckpointError, ConfigError, UserError
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.loop import Stopped, TrainConfig
+from minilm_jax.train.loop import Evaluation, Stopped, TrainConfig
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import with_average
 
@@ -27,7 +27,7 @@ def whole(tmp_path):
     return run(folder), (folder / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("interrupted", [0, 4, 7, 10])
+@pytest.mark.parametrize("interrupted", [0, 4, 7, 10, STEPS - 1])
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, whole, interrupted):
     """SIGTERM while a batch is fetched: that step is finished and saved, the rest is the same."""
 
@@ -95,7 +95,9 @@ def test_an_average_of_the_parameters_is_resumed_too(tmp_path):
 
 def heldout_of(*losses):
     """Held-out losses by step, with everything else as it is."""
-    return lambda state: dict(enumerate(losses, start=1)).get(int(state.step) // 3, math.nan)
+    return lambda state: Evaluation(
+        heldout=dict(enumerate(losses, start=1)).get(int(state.step) // 3, math.nan)
+    )
 
 
 def saved_steps(folder):
@@ -138,6 +140,18 @@ def test_the_best_is_kept_and_the_latest_resumed(tmp_path):
 def test_a_heldout_loss_that_is_not_finite_is_never_the_best(tmp_path):
     run(tmp_path, evaluate=heldout_of(0.5, math.nan, math.inf, 0.7), evaluate_every=3, keep=1)
     assert saved_steps(tmp_path) == [3, STEPS]
+
+
+def test_an_evaluation_may_end_the_run(tmp_path, whole):
+    state = run(
+        tmp_path,
+        evaluate=lambda state: Evaluation(enough=int(state.step) == 4),
+        evaluate_every=4,
+        keep=1,
+    )
+    assert state.step == 4 and saved_steps(tmp_path) == [4]
+    # Nothing else is different: the rest can be added.
+    assert_same(run(tmp_path), whole[0])
 
 
 def test_without_evaluations_there_is_no_best(tmp_path, whole):
