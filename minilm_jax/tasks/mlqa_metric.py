@@ -14,7 +14,7 @@ from functools import cache, partial
 from minilm_jax.errors import ConfigError
 from minilm_jax.tasks.examples import QuestionExample
 from minilm_jax.tasks.languages import MLQA_LANGUAGES
-from minilm_jax.tasks.squad_metric import ExactF1, best_of
+from minilm_jax.tasks.squad_metric import ExactF1, best_of, percent
 
 _ARTICLES = {
     "en": r"\b(a|an|the)\b",
@@ -63,12 +63,7 @@ def mlqa_scores(
     """
     if language not in MLQA_LANGUAGES:
         raise ConfigError(f"MLQA has no language {language!r}; it has {', '.join(MLQA_LANGUAGES)}")
-    scores = [_score(example, predictions.get(example.id), language) for example in examples]
-    count = max(len(scores), 1)
-    return {
-        "exact": 100.0 * sum(score.exact for score in scores) / count,
-        "f1": 100.0 * sum(score.f1 for score in scores) / count,
-    }
+    return percent([_score(example, predictions.get(example.id), language) for example in examples])
 
 
 def _score(example: QuestionExample, predicted: str | None, language: str) -> ExactF1:

@@ -34,9 +34,9 @@ def score_texts(
             case "f1":
                 value = f1(predicted, gold, positive=_POSITIVE[task.name])
             case "macro_f1":
-                each = [
-                    f1(predicted, gold, positive=label) for label in sorted(set(map(str, gold)))
-                ]
+                # A class that was predicted and is not there has F1 0, as in scikit-learn.
+                classes = sorted({*map(str, gold), *map(str, predicted)})
+                each = [f1(predicted, gold, positive=label) for label in classes]
                 value = sum(each) / len(each)
             case _:
                 raise ValueError(f"no metric {name!r}")

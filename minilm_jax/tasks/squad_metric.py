@@ -37,7 +37,7 @@ def squad1_scores(
     examples: Sequence[QuestionExample], predictions: Mapping[str, str]
 ) -> dict[str, float]:
     """Returns `exact` and `f1` in percent; the best gold answer counts, no answer counts 0."""
-    return _percent(
+    return percent(
         [
             best_of(
                 predictions.get(example.id), [a.text for a in example.answers], normalize, str.split
@@ -85,11 +85,11 @@ def squad2_scores(
     """
     scored = [example for example in examples if example.id in predictions]
     scores = {e.id: _score2(e, predictions[e.id]) for e in scored}
-    result = {**_percent(list(scores.values())), "total": float(len(scored))}
+    result = {**percent(list(scores.values())), "total": float(len(scored))}
     for name, kind in (("has_answer", True), ("no_answer", False)):
         part = [scores[e.id] for e in scored if bool(e.answers) == kind]
         if part:
-            result |= {f"{name}_{k}": v for k, v in _percent(part).items()}
+            result |= {f"{name}_{k}": v for k, v in percent(part).items()}
     if len(scored) < len(examples):
         result["missing"] = float(len(examples) - len(scored))
     if no_answer_odds is not None:
@@ -138,7 +138,8 @@ def _best_threshold(
     return 100.0 * best / len(examples), threshold
 
 
-def _percent(scores: Sequence[ExactF1]) -> dict[str, float]:
+def percent(scores: Sequence[ExactF1]) -> dict[str, float]:
+    """Returns the means `exact` and `f1`, in percent; 0 of none."""
     count = max(len(scores), 1)
     return {
         "exact": 100.0 * sum(score.exact for score in scores) / count,

@@ -6,10 +6,12 @@ import warnings
 import numpy as np
 import pytest
 
-from minilm_jax.tasks.examples import Answer, QuestionExample
+from minilm_jax.tasks.catalog import TASKS
+from minilm_jax.tasks.examples import Answer, QuestionExample, TextExample
 from minilm_jax.tasks.metrics import accuracy, f1, matthews, pearson, spearman
 from minilm_jax.tasks.mlqa_metric import mlqa_scores
 from minilm_jax.tasks.mlqa_metric import normalize as normalize_mlqa
+from minilm_jax.tasks.scoring import score_texts
 from minilm_jax.tasks.squad_metric import normalize, squad1_scores, squad2_scores, token_f1
 
 PREDICTED = [1, 1, 0, 1, 0, 0, 1, 0]
@@ -62,6 +64,13 @@ def test_pearson_far_from_zero_keeps_its_digits():
 def test_predictions_and_gold_of_different_length_are_refused():
     with pytest.raises(ValueError, match="3 predictions for 2 gold"):
         accuracy([1, 1, 1], [1, 1])
+
+
+def test_macro_f1_counts_a_class_that_is_predicted_and_not_there():
+    examples = [TextExample(id=str(i), text="", label=label) for i, label in enumerate("aab")]
+    scores = score_texts(TASKS["texts"], examples, ["a", "c", "b"])
+    # a: P=1 R=1/2; b: 1; c: 0. scikit-learn's f1_score(average="macro") gives the same.
+    assert scores["macro_f1"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
 
 
 # SQuAD
