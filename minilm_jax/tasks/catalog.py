@@ -138,7 +138,7 @@ def read_part(
     if task == "questions":
         return read_questions(_own(task, data, part), purpose=purpose, skips=skips)
     if data.tfds is not None:
-        return _read_tfds(task, data.tfds, part)
+        return _read_tfds(task, data.tfds, part, purpose=purpose, skips=skips)
     if data.folder is None:
         raise ConfigError(f"task {task} needs data.folder or data.tfds; own files go with texts")
     match task:
@@ -186,7 +186,12 @@ def all_pairs(part: Part) -> list[Part]:
 
 
 def _read_tfds(
-    task: TaskName, folder: Path, part: Part
+    task: TaskName,
+    folder: Path,
+    part: Part,
+    *,
+    purpose: Literal["train", "evaluate"],
+    skips: Skips,
 ) -> list[TextExample] | list[QuestionExample]:
     if task == "xnli":
         return xnli_examples(split=part.split, language=part.language, data_dir=folder)
@@ -196,7 +201,14 @@ def _read_tfds(
                 f"tensorflow-datasets has no cross-language pair such as {part}; give the folder"
                 " of MLQA_V1 instead"
             )
-        return question_examples(task, split=part.split, language=part.language, data_dir=folder)
+        return question_examples(
+            task,
+            split=part.split,
+            language=part.language,
+            data_dir=folder,
+            purpose=purpose,
+            skips=skips,
+        )
     return glue_examples(cast(GlueName, task), split=part.split, data_dir=folder)
 
 

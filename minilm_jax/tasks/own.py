@@ -8,7 +8,7 @@ from minilm_jax.errors import DataError
 from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, TextExample, check_ids
 from minilm_jax.tasks.files import read_jsonl, read_tsv
 from minilm_jax.tasks.glue import class_name
-from minilm_jax.tasks.squad import place_answer, read_squad
+from minilm_jax.tasks.squad import answer_to_learn, read_squad
 
 
 def read_texts(
@@ -21,7 +21,7 @@ def read_texts(
     Args:
       file: what to read.
       labels: the classes there may be; None takes what comes.
-      hidden: whether labels may be missing: the file is to be predicted.
+      hidden: whether all labels may be missing: the file is to be predicted.
     """
     found = []
     for number, (origin, row) in enumerate(_records(file, hidden=hidden)):
@@ -46,6 +46,12 @@ def read_texts(
         )
     if not found:
         raise DataError(f"{file}: holds no example")
+    unlabelled = [example for example in found if example.label is None]
+    if 0 < len(unlabelled) < len(found):
+        raise DataError(
+            f"{unlabelled[0].origin}: label is missing where {len(found) - len(unlabelled):,} of"
+            f" {len(found):,} examples have one; give all of them one, or none to predict them"
+        )
     check_ids([example.id for example in found], name=str(file))
     return found
 
@@ -73,25 +79,24 @@ def read_questions(
         question = _text(row, "question", origin)
         if not question.strip():
             raise DataError(f"{origin}: the question is empty; write one or remove the line")
-        answers = []
+        answers: tuple[Answer, ...] = ()
         for answer in row.get("answers") or ():
             text = answer.get("text") if isinstance(answer, dict) else None
             if not isinstance(text, str) or type(answer.get("answer_start")) is not int:
                 raise DataError(f"{origin}: an answer needs a text and an integer answer_start")
-            answers.append(Answer(text=text, start=answer["answer_start"]))
+            answers += (Answer(text=text, start=answer["answer_start"]),)
         context = _text(row, "context", origin)
         if purpose == "train" and answers:
-            placed = place_answer(answers[0], context, origin, skips)
-            if not placed:
+            answers = answer_to_learn(answers, context, origin, skips)
+            if not answers:
                 continue
-            answers = list(placed)
         language = str(row.get("language", "en"))
         found.append(
             QuestionExample(
                 id=str(row.get("id", number)),
                 question=question,
                 context=context,
-                answers=tuple(answers),
+                answers=answers,
                 language=language,
                 question_language=str(row.get("question_language", language)),
                 origin=origin,

@@ -1,6 +1,6 @@
 """SQuAD's JSON, versions 1.1 and 2.0, which MLQA and many others use too."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,11 +52,7 @@ def read_squad(
                 " of version 1.1"
             )
         if purpose == "train" and not impossible:
-            if not answers:
-                raise DataError(
-                    f"{origin}: has no answer to learn from and is not marked is_impossible"
-                )
-            answers = place_answer(answers[0], context, origin, skips)
+            answers = answer_to_learn(answers, context, origin, skips)
             if not answers:
                 continue
         found.append(
@@ -121,8 +117,17 @@ def _answers(qa: dict[str, Any], origin: str) -> tuple[Answer, ...]:
     return tuple(found)
 
 
-def place_answer(answer: Answer, context: str, origin: str, skips: Skips) -> tuple[Answer, ...]:
-    """Returns the answer where the context holds it at its offset, else nothing."""
+def answer_to_learn(
+    answers: Sequence[Answer], context: str, origin: str, skips: Skips
+) -> tuple[Answer, ...]:
+    """Returns the first answer where the context holds it at its offset; else nothing, counted.
+
+    Raises:
+      DataError: there is no answer.
+    """
+    if not answers:
+        raise DataError(f"{origin}: has no answer to learn from and is not marked is_impossible")
+    answer = answers[0]
     text = answer.text.strip()
     if not text:
         skips.add("the answer is empty", origin)

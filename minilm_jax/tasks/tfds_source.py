@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilm_jax.errors import ConfigError, DataError
-from minilm_jax.tasks.examples import Answer, QuestionExample, TextExample
+from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, TextExample
 from minilm_jax.tasks.glue import GLUE, GlueName
 from minilm_jax.tasks.languages import XNLI_LANGUAGES
+from minilm_jax.tasks.squad import answer_to_learn
 
 _GLUE_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _MNLI_SPLITS = {
@@ -90,9 +91,18 @@ def xnli_examples(*, split: str, language: str, data_dir: Path) -> list[TextExam
 
 
 def question_examples(
-    task: Literal["squad1", "squad2", "mlqa"], *, split: str, language: str, data_dir: Path
+    task: Literal["squad1", "squad2", "mlqa"],
+    *,
+    split: str,
+    language: str,
+    data_dir: Path,
+    purpose: Literal["train", "evaluate"],
+    skips: Skips,
 ) -> list[QuestionExample]:
-    """Returns a split of `squad/v1.1`, `squad/v2.0` or `mlqa/{language}`."""
+    """Returns a split of `squad/v1.1`, `squad/v2.0` or `mlqa/{language}`.
+
+    Purpose and skips are those of `squad.read_squad`.
+    """
     if task == "mlqa" and split != "train":
         builder = _builder(f"mlqa/{language}", data_dir)
         name = _split("mlqa", split, _MLQA_SPLITS)
@@ -102,21 +112,28 @@ def question_examples(
         name = _split("squad", split, _SQUAD_SPLITS)
     found = []
     for index, record in _records(builder, name):
-        answers = [
+        origin = f"{task} {name}:{index}"
+        context = _text(record["context"])
+        impossible = bool(record.get("is_impossible", False))
+        answers = tuple(
             Answer(text=_text(text), start=int(start))
             for text, start in zip(
                 record["answers"]["text"], record["answers"]["answer_start"], strict=True
             )
-        ]
+        )
+        if purpose == "train" and not impossible:
+            answers = answer_to_learn(answers, context, origin, skips)
+            if not answers:
+                continue
         found.append(
             QuestionExample(
                 id=_text(record["id"]),
                 question=_text(record["question"]),
-                context=_text(record["context"]),
-                answers=() if record.get("is_impossible", False) else tuple(answers),
+                context=context,
+                answers=() if impossible else answers,
                 language=language,
                 question_language=language,
-                origin=f"{task} {name}:{index}",
+                origin=origin,
             )
         )
     return found

@@ -1,6 +1,7 @@
 """The same examples by name from tensorflow-datasets, prepared without TensorFlow or network."""
 
 import hashlib
+import json
 import sys
 import zipfile
 
@@ -49,9 +50,13 @@ def expect(monkeypatch, tfds, name, files):
     monkeypatch.setattr(cls, "url_infos", infos)
 
 
-def read(task, folder, split, **part):
+def read(task, folder, split, *, purpose="evaluate", skips=None, **part):
     return read_part(
-        task, TaskData(tfds=folder), Part(split=split, **part), purpose="evaluate", skips=Skips()
+        task,
+        TaskData(tfds=folder),
+        Part(split=split, **part),
+        purpose=purpose,
+        skips=skips or Skips(),
     )
 
 
@@ -62,6 +67,9 @@ def test_glue_and_squad_and_xnli_and_mlqa_by_name(tfds, monkeypatch, tmp_path):
     zip_folder(write_xnli(tmp_path / "x") / "XNLI-1.0", files / "XNLI-1.0.zip", inside="XNLI-1.0")
     mlqa = write_mlqa(tmp_path / "m")
     zip_folder(mlqa / "MLQA_V1", files / "MLQA_V1.zip", inside="MLQA_V1")
+    squad = json.loads((mlqa / "train-v1.1.json").read_text())
+    squad["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] += 1
+    (mlqa / "train-v1.1.json").write_text(json.dumps(squad))
     for name in ("train-v1.1.json", "dev-v1.1.json"):
         (files / name).write_bytes((mlqa / name).read_bytes())
     for name in ("glue/cola", "xnli", "mlqa/zh", "squad/v1.1"):
@@ -92,6 +100,14 @@ def test_glue_and_squad_and_xnli_and_mlqa_by_name(tfds, monkeypatch, tmp_path):
     trained = read("mlqa", data, "train")
     assert {e.answers[0].text for e in trained} == {a for _, a in CONTEXTS["en"][1]}
     assert len(read("squad1", data, "dev")) == 2
+    # What the files cannot teach, the same questions by name cannot either.
+    skips = Skips()
+    learnt = read("squad1", data, "train", purpose="train", skips=skips)
+    plain = read_part(
+        "squad1", TaskData(folder=mlqa), Part(split="train"), purpose="train", skips=Skips()
+    )
+    assert [e.answers for e in learnt] == [e.answers for e in plain] and len(learnt) == 1
+    assert skips.lines()[0] == "skipped 1: the answer does not stand at its answer_start"
     assert "tensorflow" not in sys.modules
 
     with pytest.raises(ConfigError, match="no cross-language pair such as test-zh-en"):
