@@ -572,10 +572,10 @@ def _sweep(config: FinetuneConfig, say: Say) -> list[FinetuneResult]:
     rows: list[ResultRow] = []
     settings: list[dict[str, Any]] = []
     began = time.monotonic()
-    for rate, passes in itertools.product(rates, epochs):
-        found = []
-        for seed in seeds:
-            inner = dataclasses.replace(
+    # All of them made before the first one runs: a value that cannot be is refused at once.
+    runs = {
+        (rate, passes): [
+            dataclasses.replace(
                 config,
                 output=config.output / f"lr{rate:g}-epochs{passes}-seed{seed}",
                 name=f"{name} lr {rate:g}, {passes} epochs",
@@ -584,6 +584,13 @@ def _sweep(config: FinetuneConfig, say: Say) -> list[FinetuneResult]:
                 train=dataclasses.replace(config.train, seed=seed),
                 sweep=SweepConfig(),
             )
+            for seed in seeds
+        ]
+        for rate, passes in itertools.product(rates, epochs)
+    }
+    for (rate, passes), configs in runs.items():
+        found = []
+        for inner in configs:
             say(f"\n{inner.output.name}")
             result = _run(inner, say)
             found.append(result)

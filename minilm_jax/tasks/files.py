@@ -1,6 +1,7 @@
 """Text files read strictly: UTF-8 or an error with file and line, tabs that mean columns."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ from minilm_jax.errors import DataError
 from minilm_jax.tasks.examples import Skips
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
@@ -105,6 +107,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"{origin}: is not JSON ({error}); one object a line belongs") from None
         if not isinstance(value, dict):
             raise DataError(f"{origin}: is a {type(value).__name__}; one object a line belongs")
+        _check_characters(line, value, origin)
         yield origin, value
 
 
@@ -119,4 +122,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: is a {type(value).__name__}, not an object; is it SQuAD's format?"
         )
+    _check_characters(text, value, str(path))
     return value
+
+
+def _check_characters(text: str, value: Any, origin: str) -> None:
+    """Raises DataError where JSON's escapes spell half of a surrogate pair, which is no text."""
+    if "\\u" not in text:
+        return  # UTF-8 itself has none
+    said = json.dumps(value, ensure_ascii=False)
+    found = _SURROGATE.search(said)
+    if found:
+        near = said[max(found.start() - 20, 0) : found.end() + 20]
+        raise DataError(
+            f"{origin}: half of a surrogate pair, which is no character, stands in {near!a}; write"
+            " the whole one or remove it"
+        )

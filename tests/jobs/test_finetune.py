@@ -524,6 +524,7 @@ def test_what_cannot_work_is_said_before_the_first_step(official, bert, tmp_path
         ({"train_languages": ("de",)}, ConfigError, "sst2 has no language 'de'"),
         ({"task": "texts"}, ConfigError, "needs a file for split 'train'"),
         ({"optimizer": OptimizerConfig(warmup_steps=9)}, ConfigError, "warmup_steps=9 must be"),
+        ({"sweep": SweepConfig(seeds=(1, -1))}, ConfigError, "train.seed must not be negative"),
     ]:
         data = tmp_path if "task" in changes and changes["task"] == "squad1" else official
         wrong = dataclasses.replace(config, **{"data": TaskData(folder=data), **changes})
@@ -533,6 +534,8 @@ def test_what_cannot_work_is_said_before_the_first_step(official, bert, tmp_path
     for wrong in ({"epochs": 0}, {"patience": -1}, {"warmup_ratio": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ScheduleConfig(**wrong)
+    with pytest.raises(ConfigError, match="limit must not be negative"):
+        dataclasses.replace(config, limit=-1)
 
 
 def test_a_model_is_not_scored_on_classes_it_does_not_name(official, bert, tmp_path):

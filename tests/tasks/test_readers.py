@@ -278,6 +278,7 @@ def test_json_of_another_kind_is_refused(tmp_path, skips):
         ('{"data": [{"paragraphs": [{"qas": []}]}]}', "a paragraph has no context"),
         ('{"data": []}', "holds no question"),
         ('{"data": ', "is not JSON"),
+        (r'{"data": [{"title": "so \ude00!"}]}', r"x.json: half of .* in .*so \\ude00!"),
     ]:
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(DataError, match=message):
@@ -330,6 +331,7 @@ def test_own_texts_as_tsv_and_jsonl(tmp_path):
         ('{"label": "x"}', r"a.jsonl:1: no text 'text'; there is label"),
         ("text", r"a.jsonl:1: is not JSON"),
         ("[]", r"a.jsonl:1: is a list"),
+        (r'{"text": "so \ud83d!", "label": "x"}', r"a.jsonl:1: half of .* in .*so \\ud83d!"),
     ],
 )
 def test_own_texts_that_are_not_right(tmp_path, line, message):
@@ -341,6 +343,9 @@ def test_own_texts_that_are_not_right(tmp_path, line, message):
 def test_own_files_to_predict_need_no_label(tmp_path):
     file = write_tsv(tmp_path / "a.tsv", ("text",), ("win",))
     assert read_texts(file, hidden=True)[0].label is None
+    some = write_tsv(tmp_path / "s.tsv", ("text", "label"), ("win", "x"), ("hi", ""), ("ho", "x"))
+    with pytest.raises(DataError, match=r"s.tsv:3: label is missing where 2 of 3 examples have"):
+        read_texts(some, hidden=True)
     with pytest.raises(DataError, match=r"neither \.tsv"):
         read_texts(tmp_path / "a.csv")
     same = write_tsv(tmp_path / "b.tsv", ("text", "label"), ("win", "x"), ("hi", "x"))
