@@ -1,7 +1,6 @@
 """The student: its shape, and where its parameters start."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -69,23 +68,14 @@ def init_student(
     Raises:
       ConfigError: the student is larger than what it is to be cut from.
     """
+    check_start(config, teacher)
     student = student_encoder_config(config, teacher)
     params = init_params(key, student)
     if config.init == "random" and config.embeddings == "random":
         return params
-    for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
-        if getattr(student, name) > getattr(teacher, name):
-            raise ConfigError(
-                f"student.{name}={getattr(student, name)} is larger than the teacher's "
-                f"{getattr(teacher, name)} and cannot start from it; use init=random"
-            )
     params["embeddings"] = _cut(teacher_encoder["embeddings"], params["embeddings"])
     if config.init == "teacher":
-        chosen = config.teacher_layers or spread_layers(
-            student.num_hidden_layers, over=teacher.num_hidden_layers
-        )
-        _check_layers(chosen, student, teacher)
-        for index, layer in enumerate(chosen):
+        for index, layer in enumerate(_copied_layers(config, teacher)):
             source = teacher_encoder[f"layer_{layer - 1}"]
             params[f"layer_{index}"] = _cut_block(
                 source, params[f"layer_{index}"], student, teacher
@@ -93,7 +83,20 @@ def init_student(
     return params
 
 
-def _check_layers(chosen: Sequence[int], student: EncoderConfig, teacher: EncoderConfig) -> None:
+def check_start(config: StudentConfig, teacher: EncoderConfig) -> None:
+    """Raises ConfigError where the student cannot start from such a teacher as it says."""
+    if config.init == "random" and config.embeddings == "random":
+        return
+    student = student_encoder_config(config, teacher)
+    for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
+        if getattr(student, name) > getattr(teacher, name):
+            raise ConfigError(
+                f"student.{name}={getattr(student, name)} is larger than the teacher's "
+                f"{getattr(teacher, name)} and cannot start from it; use init=random"
+            )
+    if config.init == "random":
+        return
+    chosen = _copied_layers(config, teacher)
     if len(chosen) != student.num_hidden_layers:
         raise ConfigError(
             f"student.teacher_layers names {len(chosen)} layers for a student of "
@@ -105,6 +108,12 @@ def _check_layers(chosen: Sequence[int], student: EncoderConfig, teacher: Encode
                 f"student.teacher_layers names layer {layer}; the teacher has layers 1 to "
                 f"{teacher.num_hidden_layers}"
             )
+
+
+def _copied_layers(config: StudentConfig, teacher: EncoderConfig) -> tuple[int, ...]:
+    return config.teacher_layers or spread_layers(
+        config.num_hidden_layers, over=teacher.num_hidden_layers
+    )
 
 
 def _cut(source: Any, like: Any) -> Any:

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 
 from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.convert.model import Model
@@ -24,10 +23,15 @@ from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from minilm_jax.distill.baselines import init_mlm
 from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.objectives import RelationObjective
-from minilm_jax.distill.student import StudentConfig, init_student, student_encoder_config
+from minilm_jax.distill.student import (
+    StudentConfig,
+    check_start,
+    init_student,
+    student_encoder_config,
+)
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import init_params
-from minilm_jax.errors import ConfigError
+from minilm_jax.errors import ConfigError, DataError
 from minilm_jax.jobs import running
 from minilm_jax.jobs.running import (
     describe,
@@ -41,7 +45,7 @@ from minilm_jax.reductions import Loss
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.flops import gradient_flops
 from minilm_jax.train.goodput import Goodput
-from minilm_jax.train.hosts import wait_for_all, writes
+from minilm_jax.train.hosts import fail_together, wait_for_all, writes
 from minilm_jax.train.loop import Evaluation, TrainConfig
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import (
@@ -53,6 +57,7 @@ from minilm_jax.train.optimizer import (
 from minilm_jax.train.run_folder import (
     METRICS,
     RESULT,
+    check_run,
     read_json,
     settle,
     write_json,
@@ -195,20 +200,23 @@ def run(
     """Returns the figures of a finished run, after training what is left of it.
 
     Started again after an interruption it continues; started again when finished it says so.
-    Everything that can be checked is checked before the first step.
+    What can be checked is checked before anything is written, and for both runs of a chain before
+    the first one spends a week.
     """
     first = config.assistant if isinstance(config, ChainConfig) else config
     say = join_hosts(first.train, say)
     if isinstance(config, ChainConfig):
         assistant, student = config.stages()
         say("— teacher assistant —")
-        made = _prepare(assistant, say)
-        # The second run's settings are checked before the first one spends a week.
-        student.objective.check(made.shape, student_encoder_config(student.student, made.shape))
+        with fail_together():
+            made = _prepare(assistant, say)
+            _check(student, made.shape, made.tokenizer, fingerprint=None)
         made.finish()
         say("\n— student —")
-        return _prepare(student, say).finish()
-    return _prepare(config, say).finish()
+        config = student
+    with fail_together():
+        made = _prepare(config, say)
+    return made.finish()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +227,10 @@ class _Run:
     teacher: Model
     shape: EncoderConfig
     devices: Devices
-    schedule: optax.Schedule
+    tokenizer: Tokenizer | None
+    """None where it is yet to be learnt from the run's text."""
+    corpora: "_Splits | None"
+    """None where there is yet text to be tokenised, or nothing to be done."""
     began: float
     """Of `time.monotonic`."""
     say: Callable[[str], None]
@@ -286,8 +297,14 @@ class _Run:
     def _train(self, goodput: Goodput) -> tuple[dict[str, Any], dict[str, float], Tokenizer]:
         """Returns the trained parameters, the held-out figures and the tokenizer."""
         config, teacher, devices = self.config, self.teacher, self.devices
-        tokenizer = _tokenizer(config, teacher)
-        train, heldout = _batches(config, tokenizer, self.say)
+        tokenizer = self.tokenizer or _learn_tokenizer(config, teacher)
+        splits = self.corpora or _open_corpora(config, (_tokenise(config, tokenizer),), tokenizer)
+        for line in splits.lines:
+            self.say(line)
+        train, heldout = splits.train, splits.heldout
+        with fail_together():
+            if writes():
+                settle(config.output / "data.json", train.describe(), override=config.override)
         mask = _masking(config, tokenizer)
         loss = config.objective.make_loss(teacher.config, self.shape, config.compute)
         frozen = devices.place(needed_params(teacher, config.objective))
@@ -340,7 +357,7 @@ class _Run:
                 described=described,
                 devices=devices,
                 checkpoints=checkpoints,
-                schedule=self.schedule,
+                schedule=make_schedule(config.optimizer, steps=config.train.steps),
                 goodput=goodput,
                 flops=self._flops_of_a_batch(),
                 evaluate=lambda state: Evaluation(
@@ -360,27 +377,73 @@ class _Run:
 def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
     """Returns the run with everything checked that can be before its folder is touched."""
     began = time.monotonic()
+    if config.teacher.shape is not None:
+        # What the shape alone tells needs no download.
+        check_settings(config, config.teacher.shape)
+    teacher = load_teacher(config)
+    tokenizer = _open_tokenizer(config, teacher)
+    shape, devices, corpora = _check(
+        config, teacher.config, tokenizer, fingerprint=teacher.fingerprint
+    )
+    return _Run(config, teacher, shape, devices, tokenizer, corpora, began, say)
+
+
+def check_settings(config: DistillConfig, teacher: EncoderConfig) -> EncoderConfig:
+    """Returns the student's shape, once all settings are known to fit each other and the teacher.
+
+    Raises:
+      ConfigError: they do not. Nothing is read to find that out.
+    """
     if jax.process_count() > 1 and config.text.source is not None:
         raise ConfigError(
             "text.source is tokenised by one process: with several, make it once with "
             "minilm-jax prepare and give text.corpora"
         )
-    devices = open_devices(config.train, batch_size=config.batch.batch_size)
-    if config.teacher.shape is not None:
-        # What the shape alone tells needs no download.
-        config.objective.check(
-            config.teacher.shape, student_encoder_config(config.student, config.teacher.shape)
-        )
-    teacher = load_teacher(config)
-    shape = student_encoder_config(config.student, teacher.config)
-    config.objective.check(teacher.config, shape)
-    if config.batch.sequence_length > teacher.config.max_length:
+    student = student_encoder_config(config.student, teacher)
+    check_start(config.student, teacher)
+    config.objective.check(teacher, student)
+    if config.batch.sequence_length > teacher.max_length:
         raise ConfigError(
             f"batch.sequence_length={config.batch.sequence_length} is longer than the teacher's "
-            f"{teacher.config.max_length} positions"
+            f"{teacher.max_length} positions"
         )
-    schedule = make_schedule(config.optimizer, steps=config.train.steps)
-    return _Run(config, teacher, shape, devices, schedule, began, say)
+    make_schedule(config.optimizer, steps=config.train.steps)
+    return student
+
+
+def _check(
+    config: DistillConfig,
+    teacher: EncoderConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    fingerprint: str | None,
+) -> tuple[EncoderConfig, Devices, "_Splits | None"]:
+    """Returns the student's shape, the devices and the corpora, all known to fit the run.
+
+    Args:
+      config: of the run.
+      teacher: its shape; a teacher that is yet to be made has no more.
+      tokenizer: the teacher's; None where it is yet to be learnt.
+      fingerprint: the teacher's; None where it is yet to be made.
+
+    Raises:
+      UserError: something does not fit. Nothing is written to find that out.
+    """
+    shape = check_settings(config, teacher)
+    devices = open_devices(config.train, batch_size=config.batch.batch_size)
+    described = describe(config, teacher=fingerprint or "")
+    unknown = () if fingerprint else ("fingerprints",)
+    if writes():
+        check_run(config.output, described, override=config.override + unknown)
+    if (config.output / RESULT).exists():
+        return shape, devices, None
+    if config.text.source is not None:
+        if next(read_documents(config.text.source), None) is None:
+            raise ConfigError("text.source holds no document")
+        return shape, devices, None
+    if tokenizer is None:
+        raise ConfigError(f"teacher {config.teacher.source} has no tokenizer files")
+    return shape, devices, _open_corpora(config, config.text.corpora, tokenizer)
 
 
 def load_teacher(config: DistillConfig) -> Model:
@@ -409,21 +472,28 @@ def load_teacher(config: DistillConfig) -> Model:
     return teacher
 
 
-def _tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer:
-    folder = teacher.tokenizer_folder
-    if folder is None and config.teacher.init == "random" and config.text.source is not None:
-        folder = config.output / "tokenizer"
-        if not folder.exists():
-            learn = (
-                train_sentencepiece
-                if teacher.config.model_type == "xlm-roberta"
-                else train_wordpiece
-            )
-            documents = itertools.islice(read_documents(config.text.source), 1000)
-            learn(documents, output=folder, vocab_size=teacher.config.vocab_size)
-    if folder is None:
-        raise ConfigError(f"teacher {config.teacher.source} has no tokenizer files")
-    return load_tokenizer(folder, vocab_size=teacher.config.vocab_size)
+def _open_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer | None:
+    """Returns the teacher's tokenizer; None where a made-up teacher's is yet to be learnt."""
+    if teacher.tokenizer_folder is not None:
+        return load_tokenizer(teacher.tokenizer_folder, vocab_size=teacher.config.vocab_size)
+    if config.teacher.init == "random" and config.text.source is not None:
+        return None
+    raise ConfigError(f"teacher {config.teacher.source} has no tokenizer files")
+
+
+def _learn_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer:
+    """Returns a vocabulary of the run's own text, for a teacher that is made up."""
+    folder, size = config.output / "tokenizer", teacher.config.vocab_size
+    if not folder.exists():
+        multilingual = teacher.config.model_type == "xlm-roberta"
+        learn = train_sentencepiece if multilingual else train_wordpiece
+        assert config.text.source is not None
+        learn(
+            itertools.islice(read_documents(config.text.source), 1000),
+            output=folder,
+            vocab_size=size,
+        )
+    return load_tokenizer(folder, vocab_size=size)
 
 
 def _masking(
@@ -437,30 +507,46 @@ def _masking(
     return lambda batch, step: masking(batch, step=step)
 
 
-def _batches(
-    config: DistillConfig, tokenizer: Tokenizer, say: Callable[[str], None]
-) -> tuple[Batches, Batches]:
-    """Returns training and held-out batches, tokenising the text first where that is not done."""
-    folders = config.text.corpora
-    if config.text.source is not None:
-        folders = (config.output / "corpus",)
-        prepare(
-            config.text.source,
-            tokenizer=tokenizer.files[0].parent,
-            output=folders[0],
-            holdout_fraction=config.text.heldout,
-        )
-    made = {}
+@dataclasses.dataclass(frozen=True)
+class _Splits:
+    """The batches of a run's corpora."""
+
+    train: Batches
+    heldout: Batches
+    lines: tuple[str, ...]
+    """What is in them."""
+
+
+def _tokenise(config: DistillConfig, tokenizer: Tokenizer) -> Path:
+    """Returns the folder of the run's own corpus, which is made where that is not done."""
+    assert config.text.source is not None
+    prepare(
+        config.text.source,
+        tokenizer=tokenizer.files[0].parent,
+        output=config.output / "corpus",
+        holdout_fraction=config.text.heldout,
+    )
+    return config.output / "corpus"
+
+
+def _open_corpora(config: DistillConfig, folders: Sequence[Path], tokenizer: Tokenizer) -> _Splits:
+    """Returns the batches of prepared corpora, known to be of this tokenizer and to have both."""
+    made, lines = {}, []
     for split in ("train", "heldout"):
         corpora = [Corpus.open(folder, split=split) for folder in folders]
+        for corpus in corpora:
+            if split == "heldout" and not len(corpus):
+                raise DataError(
+                    f"{corpus.folder}: holds out no document to measure the loss on; make it "
+                    "again, in a new folder, with a larger share: --heldout of minilm-jax prepare, "
+                    "--text.heldout of raw text"
+                )
         made[split] = Batches(corpora, config.batch, seed=config.train.seed, tokenizer=tokenizer)
-        say(
+        lines.append(
             f"{split:<8} {sum(map(len, corpora)):,} documents, "
             f"{sum(corpus.num_tokens for corpus in corpora):,} tokens"
         )
-    if writes():
-        settle(config.output / "data.json", made["train"].describe(), override=config.override)
-    return made["train"], made["heldout"]
+    return _Splits(**made, lines=tuple(lines))
 
 
 def _evaluator(
@@ -561,11 +647,14 @@ def _origin(config: DistillConfig, result: DistillResult, *, teacher: str) -> di
 
 
 def _summarise(result: DistillResult, config: DistillConfig, say: Callable[[str], None]) -> None:
+    copied = "layers, evenly spread"
+    if config.student.teacher_layers:
+        copied = "layers " + ", ".join(map(str, config.student.teacher_layers))
     lines = {
         "before": "the student before training",
         "after": "the student after training",
         "untrained": "reference: untrained student",
-        "copied": "reference: the teacher's layers, evenly spread, not trained",
+        "copied": f"reference: the teacher's {copied}, not trained",
     }
     relations = isinstance(config.objective, RelationObjective)
     what = "relation KL, mean over documents" if relations else "loss"

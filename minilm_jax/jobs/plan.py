@@ -21,13 +21,14 @@ import tyro
 
 from minilm_jax.convert.model import Model
 from minilm_jax.distill.baselines import init_mlm
-from minilm_jax.distill.student import init_student, student_encoder_config
+from minilm_jax.distill.student import init_student
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.distill import (
     ChainConfig,
     DistillConfig,
     batch_shapes,
+    check_settings,
     load_teacher,
     needed_params,
     step_flops,
@@ -179,8 +180,7 @@ def abstract_step(config: DistillConfig, devices: Devices) -> tuple[Any, Any, An
     """
     objective = config.objective
     teacher = _described_teacher(config)
-    shape = student_encoder_config(config.student, teacher.config)
-    objective.check(teacher.config, shape)
+    shape = check_settings(config, teacher.config)
     optimizer = make_optimizer(
         config.optimizer, steps=config.train.steps, undecayed=objective.unreached(shape)
     )

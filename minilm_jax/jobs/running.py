@@ -1,8 +1,8 @@
 """What every job that trains does around the engine: hosts, devices, the run's folder, the loop."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.hosts import join, writes
+from minilm_jax.train.hosts import fail_together, join, writes
 from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import PROFILE, Profile
@@ -61,11 +61,16 @@ def jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+@contextmanager
 def own_folder(
     output: Path, described: Mapping[str, Any], *, override: tuple[str, ...]
-) -> AbstractContextManager[None]:
-    """Returns the hold on a run's folder, which one process has for all."""
-    return open_run(output, described, override=override) if writes() else nullcontext()
+) -> Iterator[None]:
+    """Holds a run's folder, which one process does for all; its refusal is everyone's."""
+    with ExitStack() as held:
+        with fail_together():
+            if writes():
+                held.enter_context(open_run(output, described, override=override))
+        yield
 
 
 def open_goodput(output: Path, *, began: float | None = None) -> Goodput:

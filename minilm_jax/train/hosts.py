@@ -5,7 +5,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import jax
@@ -16,6 +17,7 @@ from minilm_jax.errors import ConfigError, UserError
 
 EXIT_INCOMPLETE = 2
 """As for anything a user can mend."""
+_SENTENCE_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,31 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Raises in every process what a user has to mend in any; all of them must come here.
+
+    Some things one process looks at for all, such as the run's folder, and a file may be missing
+    on one host alone. The others would wait for it in the next collective operation until they
+    are ended without a word.
+    """
+    error = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    if jax.process_count() > 1:
+        mine = np.zeros(_SENTENCE_BYTES, np.uint8)
+        sentence = str(error or "").encode()[:_SENTENCE_BYTES]
+        mine[: len(sentence)] = np.frombuffer(sentence, np.uint8)
+        for other in np.asarray(multihost_utils.process_allgather(mine)):
+            said = other.tobytes().rstrip(b"\0").decode(errors="ignore")
+            if said and error is None:
+                error = UserError(said)
+    if error is not None:
+        raise error
 
 
 def wait_for_all(where: str) -> None:

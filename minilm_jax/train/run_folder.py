@@ -39,14 +39,7 @@ def open_run(
       ConfigError: the folder is another run's (the differences are listed), belongs to something
         else, is in use, or cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output {folder} is a file, not a folder")
-    ours = (folder / CONFIG).exists()
-    if folder.exists() and not ours and any(p.name != LOCK for p in folder.iterdir()):
-        raise ConfigError(
-            f"output {folder} is not empty and holds no {CONFIG}: it is not a run of ours; "
-            "choose another --output"
-        )
+    check_run(folder, config, override=override)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK).open("w")
@@ -62,6 +55,19 @@ def open_run(
         settle(folder / CONFIG, config, override=override)
         _note_versions(folder / VERSIONS)
         yield
+
+
+def check_run(folder: Path, config: Mapping[str, Any], *, override: tuple[str, ...] = ()) -> None:
+    """Raises ConfigError where `open_run` would refuse what lies there; writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file, not a folder")
+    ours = (folder / CONFIG).exists()
+    if folder.exists() and not ours and any(p.name != LOCK for p in folder.iterdir()):
+        raise ConfigError(
+            f"output {folder} is not empty and holds no {CONFIG}: it is not a run of ours; "
+            "choose another --output"
+        )
+    _compare(folder / CONFIG, config, override=override)
 
 
 def _note_versions(path: Path) -> None:
@@ -97,19 +103,23 @@ def settle(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...] = 
     Raises:
       ConfigError: something changed that `override` does not name; every difference is listed.
     """
-    value = json.loads(json.dumps(value))
-    if path.exists():
-        changed = [
-            line
-            for name, line in differences(read_json(path), value)
-            if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in override)
-        ]
-        if changed:
-            raise ConfigError(
-                f"{path} was written by a run that differs from this one; choose another --output, "
-                "or accept a change with --override NAME:\n  " + "\n  ".join(changed)
-            )
+    _compare(path, value, override=override)
     write_json(path, value)
+
+
+def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...]) -> None:
+    if not path.exists():
+        return
+    changed = [
+        line
+        for name, line in differences(read_json(path), json.loads(json.dumps(value)))
+        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in override)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path} was written by a run that differs from this one; choose another --output, "
+            "or accept a change with --override NAME:\n  " + "\n  ".join(changed)
+        )
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:

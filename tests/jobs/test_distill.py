@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,20 @@ import pytest
 from minilm_jax.cli import parse
 from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.data.batches import BatchConfig
+from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource
 from minilm_jax.distill.objectives import minilm, minilmv2
 from minilm_jax.distill.student import StudentConfig
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import UserError
 from minilm_jax.jobs import distill
-from minilm_jax.jobs.distill import DistillConfig, TeacherConfig, TextConfig
+from minilm_jax.jobs.distill import (
+    ASSISTANT,
+    ChainConfig,
+    DistillConfig,
+    TeacherConfig,
+    TextConfig,
+)
 from minilm_jax.train.loop import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
@@ -180,11 +188,66 @@ def test_eight_devices_train_the_same_student_as_one(config):
         ({"batch": BatchConfig(batch_size=8, sequence_length=65)}, "64 positions"),
         ({"optimizer": OptimizerConfig(warmup_steps=50)}, "warmup_steps=50"),
         ({"train": TrainConfig(steps=30, accumulate=3)}, "3 micro-batches"),
+        ({"text": TextConfig(source=TextSource(paths=("no/such.txt",)))}, r"no/such\.txt"),
+        ({"text": TextConfig(corpora=(Path("no/such/corpus"),))}, "no/such/corpus"),
+        (
+            {"student": StudentConfig(hidden_size=96, num_attention_heads=4, init="teacher")},
+            "larger than the teacher's 48",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(config, change, message):
     with pytest.raises(UserError, match=message):
         run(dataclasses.replace(config, **change))
+    assert not config.output.exists()
+    # As the second of a chain it is refused before the first is trained.
+    if "teacher" not in change:
+        teacher = TeacherConfig(source=ASSISTANT)
+        output = config.output.with_name("student")
+        student = dataclasses.replace(config, teacher=teacher, output=output, **change)
+        assistant = dataclasses.replace(
+            config, student=StudentConfig(hidden_size=48, num_attention_heads=4)
+        )
+        with pytest.raises(UserError, match=message):
+            run(ChainConfig(assistant=assistant, student=student))
+        assert not config.output.exists()
+
+
+def test_a_chain_whose_second_folder_is_anothers_trains_nothing(config, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    teacher = TeacherConfig(source=ASSISTANT)
+    student = dataclasses.replace(config, teacher=teacher, output=tmp_path)
+    with pytest.raises(UserError, match="not a run of ours"):
+        run(ChainConfig(assistant=config, student=student))
+    assert not config.output.exists()
+
+
+def test_a_corpus_that_does_not_fit_is_refused_before_anything_is_written(
+    config, tiny_teacher, tmp_path
+):
+    other = tmp_path / "vocabulary"
+    other.mkdir()
+    vocabulary = (tiny_teacher / "vocab.txt").read_text()
+    (other / "vocab.txt").write_text(vocabulary + "another\n")
+    for name, tokenizer, heldout in (("whole", tiny_teacher, 0.0), ("other", other, 0.2)):
+        folder = tmp_path / name
+        prepare(
+            config.text.source,
+            tokenizer=tokenizer,
+            output=folder,
+            holdout_fraction=heldout,
+            workers=0,
+        )
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_teacher, bare, ignore=shutil.ignore_patterns("vocab.txt"))
+    teacher = TeacherConfig(source=str(bare))
+    for change, message in (
+        ({"text": TextConfig(corpora=(tmp_path / "whole",))}, "whole: holds out no document"),
+        ({"text": TextConfig(corpora=(tmp_path / "other",))}, "another tokenizer"),
+        ({"teacher": teacher}, "bare: no tokenizer here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(dataclasses.replace(config, **change))
     assert not config.output.exists()
 
 
@@ -201,6 +264,7 @@ def test_empty_text_is_refused(config, tmp_path):
     text = TextConfig(source=TextSource(paths=(str(empty),)))
     with pytest.raises(UserError, match=r"empty|no document"):
         run(dataclasses.replace(config, text=text))
+    assert not config.output.exists()
 
 
 def test_a_changed_text_or_teacher_is_not_resumed_silently(config, tiny_teacher, tmp_path):

@@ -88,3 +88,18 @@ def test_two_processes_train_the_student_of_one(tmp_path, tiny_teacher, text_fil
     one, two = ((tmp_path / name / "config.json").read_text() for name in ("one", "two"))
     assert one == two
     assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["10", "20"]
+    # What one of them refuses for all, both say, and neither waits for the other.
+    refused = [
+        start(
+            experiment,
+            tmp_path / "two",
+            devices=4,
+            options=["--train.seed", "1", *hosts, str(process)],
+        )
+        for process in (0, 1)
+    ]
+    for process in refused:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        assert "was written by a run that differs from this one" in errors
+        assert "train.seed: 0 -> 1" in errors
