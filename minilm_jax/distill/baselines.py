@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minilm_jax.data.masking import NOT_PREDICTED, MaskingConfig
 from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params, batch_counts
-from minilm_jax.distill.objectives import mean_squared_error, uniform_layers
+from minilm_jax.distill.objectives import check_layers, mean_squared_error, uniform_layers
 from minilm_jax.encoder.attention import Projections
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import EncoderOutput, encode
@@ -158,16 +158,7 @@ class TinyBertObjective(Objective):
                 f"TinyBERT compares attention matrices: student.num_attention_heads="
                 f"{student.num_attention_heads} must be the teacher's {teacher.num_attention_heads}"
             )
-        for teacher_layer, student_layer in self.layers:
-            if not (
-                1 <= teacher_layer <= teacher.num_hidden_layers
-                and 1 <= student_layer <= student.num_hidden_layers
-            ):
-                raise ConfigError(
-                    f"objective.layers names ({teacher_layer}, {student_layer}); there are "
-                    f"{teacher.num_hidden_layers} teacher and {student.num_hidden_layers} student "
-                    "layers"
-                )
+        check_layers(self.layers, teacher, student)
 
     def make_loss(
         self, teacher: EncoderConfig, student: EncoderConfig, compute: Compute
@@ -195,7 +186,7 @@ class TinyBertObjective(Objective):
                 )
             }
             for teacher_layer, student_layer in pairs:
-                terms[f"hidden_{student_layer}"] = mean_squared_error(
+                terms[f"hidden_{teacher_layer}_{student_layer}"] = mean_squared_error(
                     ours.hidden_states[student_layer] @ project,
                     theirs.hidden_states[teacher_layer],
                     segments=segments,
@@ -207,7 +198,9 @@ class TinyBertObjective(Objective):
                     ours.projections[student_layer - 1], student.num_attention_heads
                 ) - jax.lax.stop_gradient(scores)
                 squared = jnp.where(allowed[:, None], error**2, 0.0).mean(axis=1).sum()
-                terms[f"attention_{student_layer}"] = Mean(total=squared, count=pairs_of_tokens)
+                terms[f"attention_{teacher_layer}_{student_layer}"] = Mean(
+                    total=squared, count=pairs_of_tokens
+                )
             return Loss(terms=terms, metrics={}, counts=batch_counts(batch))
 
         return loss

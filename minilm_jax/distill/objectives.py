@@ -5,6 +5,7 @@ constructors; the paper's ablations are settings of it too.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -66,16 +67,8 @@ class RelationObjective(Objective):
                     f"objective.heads={self.heads} relation heads do not divide the {role}'s "
                     f"hidden_size={config.hidden_size}"
                 )
-        for teacher_layer, student_layer in self.layers:
-            for role, layer, config in (
-                ("teacher", teacher_layer, teacher),
-                ("student", student_layer, student),
-            ):
-                if not 1 <= layer <= config.num_hidden_layers:
-                    raise ConfigError(
-                        f"objective.layers names {role} layer {layer}; it has layers 1 to "
-                        f"{config.num_hidden_layers}"
-                    )
+        _refuse_repeated("objective.relations", [relation for relation, _ in self.relations])
+        check_layers(self.layers, teacher, student)
 
     def make_loss(
         self, teacher: EncoderConfig, student: EncoderConfig, compute: Compute
@@ -107,6 +100,7 @@ class RelationObjective(Objective):
             ).projections
             terms, metrics = {}, {}
             for teacher_layer, student_layer in pairs:
+                suffix = f"_{teacher_layer}_{student_layer}" if len(pairs) > 1 else ""
                 for relation, weight in self.relations:
                     found = relation_kl(
                         select(teacher_layers[teacher_layer - 1], relation),
@@ -115,16 +109,15 @@ class RelationObjective(Objective):
                         heads=heads,
                         implementation=self.implementation,
                     )
-                    name = relation if len(pairs) == 1 else f"{relation}_{student_layer}"
+                    name = relation + suffix
                     terms[name] = Mean(total=weight * found.total, count=found.count)
                     metrics[f"{name}_heads"] = Mean(total=found.per_head, count=found.count)
                 if self.value_mse:
                     projected = (
                         student_layers[student_layer - 1].value
-                        @ student_params["value_projection"][f"layer_{student_layer}"]
+                        @ student_params["value_projection"][f"{teacher_layer}_{student_layer}"]
                     )
-                    name = "value_mse" if len(pairs) == 1 else f"value_mse_{student_layer}"
-                    terms[name] = mean_squared_error(
+                    terms[f"value_mse{suffix}"] = mean_squared_error(
                         projected,
                         teacher_layers[teacher_layer - 1].value,
                         segments=batch["segments"],
@@ -160,12 +153,11 @@ class RelationObjective(Objective):
             return {}
         init = jax.nn.initializers.truncated_normal(student.initializer_range)
         shape = (student.hidden_size, teacher.hidden_size)
-        return {
-            "value_projection": {
-                f"layer_{layer}": init(jax.random.fold_in(key, layer), shape)
-                for _, layer in self._pairs(teacher, student)
-            }
-        }
+        pairs = self._pairs(teacher, student)
+        keys = jax.random.split(key, len(pairs))
+        names = [f"{teacher_layer}_{student_layer}" for teacher_layer, student_layer in pairs]
+        projections = {name: init(k, shape) for name, k in zip(names, keys, strict=True)}
+        return {"value_projection": projections}
 
     def _pairs(self, teacher: EncoderConfig, student: EncoderConfig) -> tuple[tuple[int, int], ...]:
         return self.layers or ((teacher.num_hidden_layers, student.num_hidden_layers),)
@@ -198,6 +190,29 @@ def uniform_layers(*, teacher: int, student: int) -> tuple[tuple[int, int], ...]
     The mapping of MiniLM's Table 7 and of TinyBERT; the last layers are a pair.
     """
     return tuple((round(m * teacher / student), m) for m in range(1, student + 1))
+
+
+def check_layers(
+    layers: Sequence[tuple[int, int]], teacher: EncoderConfig, student: EncoderConfig
+) -> None:
+    """Raises ConfigError where a pair (teacher layer, student layer) is no pair or comes twice."""
+    _refuse_repeated("objective.layers", layers)
+    for teacher_layer, student_layer in layers:
+        for role, layer, config in (
+            ("teacher", teacher_layer, teacher),
+            ("student", student_layer, student),
+        ):
+            if not 1 <= layer <= config.num_hidden_layers:
+                raise ConfigError(
+                    f"objective.layers names {role} layer {layer}; it has layers 1 to "
+                    f"{config.num_hidden_layers}"
+                )
+
+
+def _refuse_repeated(setting: str, names: Sequence[object]) -> None:
+    repeated = [name for index, name in enumerate(names) if name in names[:index]]
+    if repeated:
+        raise ConfigError(f"{setting} names {repeated[0]} twice: give it once")
 
 
 def mean_squared_error(

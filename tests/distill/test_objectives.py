@@ -233,6 +233,21 @@ def test_remat_changes_memory_not_numbers(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, remat)
 
 
+def test_a_student_layer_learns_from_every_teacher_layer_it_is_paired_with(params):
+    """Terms of one student layer are kept apart: each pair counts, as it would alone."""
+    batch, pairs = rows_of([[d] for d in documents(4)], length=12), ((1, 2), (3, 2))
+    objective = RelationObjective(relations=(("qk", 1.0),))
+    both, *alone = (
+        value(dataclasses.replace(objective, layers=layers), params, batch)
+        for layers in (pairs, pairs[:1], pairs[1:])
+    )
+    assert set(both.terms) == {"qk_1_2", "qk_3_2"}
+    np.testing.assert_allclose(both.value(), sum(loss.value() for loss in alone), rtol=1e-6)
+    learned = RelationObjective(layers=pairs, value_mse=1.0)
+    new = learned.new_params(jax.random.key(0), TEACHER, STUDENT)["value_projection"]
+    assert not np.array_equal(*new.values())
+
+
 def test_bfloat16_stays_near_fp32(params):
     batch = rows_of([[d] for d in documents(8)], length=12)
     exact = value(V2, params, batch).value()
@@ -249,6 +264,8 @@ def test_bfloat16_stays_near_fp32(params):
         (RelationObjective(heads=12), {}, {}, r"heads=12 .* student's hidden_size=16"),
         (RelationObjective(layers=((5, 1),)), {}, {}, r"teacher layer 5; it has layers 1 to 4"),
         (RelationObjective(layers=((4, 3),)), {}, {}, r"student layer 3; it has layers 1 to 2"),
+        (RelationObjective(layers=((4, 2), (4, 2))), {}, {}, r"layers names \(4, 2\) twice"),
+        (RelationObjective(relations=(("qk", 1.0), ("qk", 0.5))), {}, {}, r"names qk twice"),
         (RelationObjective(relations=()), {}, {}, r"relations is empty"),
     ],
 )
