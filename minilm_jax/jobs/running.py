@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import optax
@@ -44,6 +44,11 @@ def open_devices(config: EngineConfig, *, batch_size: int) -> Devices:
 def describe(config: Any, **fingerprints: str) -> dict[str, Any]:
     """Returns a job's resolved config as JSON, with what it was given to read beside it."""
     plain = jsonable(dataclasses.asdict(config))
+    # A field that takes one of several classes, such as an objective: two of equal fields differ.
+    for name, declared in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value) and type(value) is not declared:
+            plain[name] = {"class": type(value).__qualname__, **plain[name]}
     # Where a run lies, who watches it and which changes it forgives is not what it is.
     for name in ("override", "output"):
         plain.pop(name)

@@ -20,7 +20,7 @@ from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.data.batches import BatchConfig
 from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource
-from minilm_jax.distill.objectives import minilm, minilmv2
+from minilm_jax.distill.objectives import RelationObjective, minilm, minilmv2
 from minilm_jax.distill.student import StudentConfig
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import UserError
@@ -279,6 +279,9 @@ def test_a_changed_text_or_teacher_is_not_resumed_silently(config, tiny_teacher,
     text = dataclasses.replace(config.text, source=TextSource(paths=(str(other),)))
     with pytest.raises(UserError, match=r"text\.source\.paths"):
         run(dataclasses.replace(config, text=text))
+    twin = dataclasses.make_dataclass("Twin", [], bases=(RelationObjective,), frozen=True)
+    with pytest.raises(UserError, match=r'class: "RelationObjective" -> "Twin"'):
+        run(dataclasses.replace(config, objective=twin()))
     with pytest.raises(UserError, match="fingerprints"):
         copy = tmp_path / "teacher"
         teacher = read_model(tiny_teacher)
