@@ -11,7 +11,7 @@ import signal
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from minilm_jax import __version__
 from minilm_jax.errors import ConfigError, UserError
@@ -105,7 +105,16 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
     configs = {config: getattr(module, config) for config in command.configs}
     config_class = next(iter(configs.values()))
     prog, default = f"minilm-jax {name}", {}
-    if command.experiment:
+    if command.experiment and arguments and arguments[0] in ("-h", "--help"):
+        prog = f"{prog} EXPERIMENT"
+        if command.experiment == "is its field run":
+            # The options of one kind of run, where an experiment would say which it is.
+            kind = get_args(get_type_hints(config_class)["run"])[0]
+            run = ("run", Annotated[kind, tyro.conf.arg(name="")])
+            config_class = dataclasses.make_dataclass(
+                config_class.__name__, [run], bases=(config_class,), frozen=True, kw_only=True
+            )
+    elif command.experiment:
         if not arguments or arguments[0].startswith("-"):
             raise ConfigError(f"{prog} needs an experiment file, such as experiments/quickstart.py")
         file, *arguments = arguments

@@ -65,6 +65,16 @@ def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):
     assert "gives a dict" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["distill", "finetune", "plan"])
+def test_help_without_an_experiment_shows_the_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert f"minilm-jax {command} EXPERIMENT" in said
+    assert "--train.accumulate" in said
+
+
 def test_help_is_instant_because_nothing_heavy_is_imported():
     began = time.monotonic()
     code = (
