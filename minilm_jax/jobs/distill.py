@@ -46,7 +46,7 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.flops import gradient_flops
 from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hosts import fail_together, wait_for_all, writes
-from minilm_jax.train.loop import Evaluation, TrainConfig
+from minilm_jax.train.loop import Evaluation, TrainConfig, stoppable
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import (
     OptimizerConfig,
@@ -205,18 +205,19 @@ def run(
     """
     first = config.assistant if isinstance(config, ChainConfig) else config
     say = join_hosts(first.train, say)
-    if isinstance(config, ChainConfig):
-        assistant, student = config.stages()
-        say("— teacher assistant —")
+    with stoppable():
+        if isinstance(config, ChainConfig):
+            assistant, student = config.stages()
+            say("— teacher assistant —")
+            with fail_together():
+                made = _prepare(assistant, say)
+                _check(student, made.shape, made.tokenizer, fingerprint=None)
+            made.finish()
+            say("\n— student —")
+            config = student
         with fail_together():
-            made = _prepare(assistant, say)
-            _check(student, made.shape, made.tokenizer, fingerprint=None)
-        made.finish()
-        say("\n— student —")
-        config = student
-    with fail_together():
-        made = _prepare(config, say)
-    return made.finish()
+            made = _prepare(config, say)
+        return made.finish()
 
 
 @dataclasses.dataclass(frozen=True)

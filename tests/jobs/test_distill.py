@@ -32,7 +32,7 @@ from minilm_jax.jobs.distill import (
     TeacherConfig,
     TextConfig,
 )
-from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.loop import Stopped, TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +160,13 @@ def test_a_run_stopped_by_a_signal_continues_to_the_same_student(config, tmp_pat
     for name in ("metrics.jsonl", "student/model.safetensors"):
         expected = (tmp_path / "whole" / name).read_bytes()
         assert (tmp_path / "stopped" / name).read_bytes() == expected, name
+
+
+def test_a_signal_while_the_teacher_is_read_is_a_stop_too(config, monkeypatch):
+    monkeypatch.setattr(distill, "_prepare", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match=r"^stopped by SIGTERM; run the same command to continue$"):
+        run(config)
+    assert not config.output.exists()
 
 
 def test_eight_devices_train_the_same_student_as_one(config):
