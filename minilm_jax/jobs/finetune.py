@@ -337,7 +337,7 @@ class _Training:
             with open_checkpoints(
                 output, self.config.train, metadata={"config": self.described}
             ) as checkpoints:
-                train(
+                state = train(
                     self.step,
                     self.start,
                     None,
@@ -353,6 +353,9 @@ class _Training:
                     goodput=goodput,
                     evaluate=self._evaluate,
                 )
+            if not self.records or self.records[-1]["step"] < int(state.step):
+                # It had gone that far already: its steps were overridden, or its records lost.
+                self._evaluate(state)
         self.say(f"time {goodput.account()}")
         best = max(self.records, key=lambda record: record["selection"])
         return {**best, "last": self.records[-1]["step"]}

@@ -362,6 +362,10 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_pat
     said = []
     assert finetune.run(config, say=said.append) == again
     assert "is finished (6 steps)" in said[0]
+    for name in ("result.json", "evaluations.json"):
+        (tmp_path / "cut" / name).unlink()
+    rest = finetune.run(config, say=quiet)
+    assert (rest.best_step, rest.steps) == (6, 6)
     with pytest.raises(ConfigError, match=r"differs from this one(.|\n)*learning_rate"):
         changed = dataclasses.replace(FAST, learning_rate=1e-5)
         finetune.run(dataclasses.replace(config, optimizer=changed), say=quiet)
