@@ -15,6 +15,9 @@ TEST_EXTRAS := test$(if $(findstring py311,$(CONSTRAINTS)),$(comma)torch)
 NEWEST_PYTHON := $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) \
 	$(shell command -v python3.13 || command -v python3.12))
 
+# What compiles longest is tested on the newest jax by `make test-slow` only.
+LONGEST := tests/distill/test_baselines.py tests/jobs/test_plan.py tests/test_experiments.py
+
 .PHONY: quickstart test test-slow test-newest check install install-test
 
 quickstart: install
@@ -46,8 +49,10 @@ test: check
 
 test-newest:
 	$(MAKE) install-test VENV=.venv-newest PYTHON=$(NEWEST_PYTHON)
-	.venv-newest/bin/python -m pytest -n 2 --dist loadscope -m "not slow and not torch"
+	.venv-newest/bin/python -m pytest -n 2 --dist loadscope -m "not slow and not torch" \
+		$(addprefix --ignore=,$(LONGEST))
 
 # Everything, the long runs too, with programs compiled as users' are (tests/conftest.py).
 test-slow: install-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=False $(BIN)/python -m pytest -n 2 --dist loadscope --timeout=3600
+	$(if $(NEWEST_PYTHON),$(MAKE) test-newest LONGEST=)
