@@ -116,7 +116,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
             )
     elif command.experiment:
         if not arguments or arguments[0].startswith("-"):
-            raise ConfigError(f"{prog} needs an experiment file, such as experiments/quickstart.py")
+            raise ConfigError(f"{prog} needs an experiment file; experiments/README.md lists them")
         file, *arguments = arguments
         prog = f"{prog} {file}"
         experiment = make_way(load_experiment(file), arguments)
