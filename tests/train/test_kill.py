@@ -72,7 +72,9 @@ def assert_ended_as(whole, folder):
     ):
         np.testing.assert_array_equal(found, expected)
     assert (folder / "metrics.jsonl").read_text() == metrics
-    assert sorted(complete_steps(folder)) == [CONFIG.steps - CONFIG.save_every, CONFIG.steps]
+    # An older one only where a kill cut its deletion short, and no save came after.
+    kept = [CONFIG.steps - CONFIG.save_every, CONFIG.steps]
+    assert sorted(complete_steps(folder))[-len(kept) :] == kept
     assert not unfinished_saves(folder)
 
 
