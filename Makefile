@@ -53,6 +53,7 @@ test-newest:
 		$(addprefix --ignore=,$(LONGEST))
 
 # Everything, the long runs too, with programs compiled as users' are (tests/conftest.py).
+test-slow: export JAX_DISABLE_MOST_OPTIMIZATIONS := False
 test-slow: install-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=False $(BIN)/python -m pytest -n 2 --dist loadscope --timeout=3600
+	$(BIN)/python -m pytest -n 2 --dist loadscope --timeout=3600
 	$(if $(NEWEST_PYTHON),$(MAKE) test-newest LONGEST=)

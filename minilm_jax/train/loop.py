@@ -208,9 +208,10 @@ def fit(
                     goodput.lap("evaluation")
                 # Asked after the evaluation, which may have taken long.
                 stopping = _agree_to_stop(stop, done, config)
-                if saving or stopping:
+                if stopping and not saving:
                     _settle(state, pending, done, nonfinite)
                     goodput.lap("training")
+                if saving or stopping:
                     checkpoints.save(done, state, heldout=found.heldout)
                     goodput.lap("checkpoints")
                     goodput.record(done)
