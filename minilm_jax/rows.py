@@ -1,7 +1,7 @@
 """The rows of a batch on a mesh of devices: what a jit over all of them has to be told.
 
 train/devices.py puts the mesh in context. Where there is none, on one device, under pmap and under
-shard_map, the rows are one device's already and both functions do nothing of their own.
+shard_map, the rows are one device's already and these functions do nothing of their own.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 Params = TypeVar("Params")
 Rows = TypeVar("Rows")
 Sums = TypeVar("Sums")
+Mapped = TypeVar("Mapped")
 
 
 def divide_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
@@ -62,6 +63,26 @@ def sum_over_rows(function: Callable[[Params, Rows], Sums], params: Params, rows
         check_vma=False,
     )(params, rows)
     return jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+
+def map_over_rows(function: Callable[[Rows], Mapped], rows: Rows) -> Mapped:
+    """Returns function(rows), a tree of arrays `[B, ...]`; each device does its own rows.
+
+    Args:
+      function: of this argument alone; no array may reach it by closure.
+      rows: arrays `[B, ...]`.
+
+    Raises:
+      ValueError: by JAX, where the devices of the mesh do not divide B.
+    """
+    axes = _mesh_axes()
+    if not axes:
+        return function(rows)
+    divided = PartitionSpec(axes)
+    mapped: Mapped = jax.shard_map(
+        function, in_specs=divided, out_specs=divided, axis_names=set(axes), check_vma=False
+    )(rows)
+    return mapped
 
 
 def _mesh_axes() -> tuple[str, ...]:

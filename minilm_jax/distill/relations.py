@@ -25,6 +25,7 @@ from minilm_jax.distill.relations_blocked import (
 )
 from minilm_jax.distill.relations_pallas import fits_pallas, pallas_sums
 from minilm_jax.errors import ConfigError
+from minilm_jax.kernels import kernels_can_run
 from minilm_jax.rows import sum_over_rows
 
 Implementation = Literal["auto", "reference", "blocked", "pallas"]
@@ -223,7 +224,7 @@ def _sums(
     block = choose_block(batch=batch, length=length, heads=heads, elements=2**24)
     large = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
     widths = {"teacher_width": teacher[0].shape[-1], "student_width": student[0].shape[-1]}
-    suited = _arrays_are_one_device_s() and fits_pallas(**widths, length=length, heads=heads)
+    suited = kernels_can_run() and fits_pallas(**widths, length=length, heads=heads)
     return jax.lax.platform_dependent(
         teacher,
         student,
@@ -233,19 +234,6 @@ def _sums(
         default=large,
         **(kernels if suited else {}),
     )
-
-
-def _arrays_are_one_device_s() -> bool:
-    """Returns whether the program being traced holds one device's part of the batch.
-
-    So it does under pmap and shard_map, `sum_over_rows` included. In a jit over several devices
-    without a mesh in context XLA would have to divide a kernel among them, which it refuses; blocks
-    it divides along the batch.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def split_heads(x: Float[Array, "B L D"], heads: int) -> Float[Array, "B R L K"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.encoder.config import Attention, EncoderConfig
 from minilm_jax.encoder.dense import Dense, affine
 from minilm_jax.encoder.dot_product import dot_product_attention
 from minilm_jax.encoder.dropout import row_words
@@ -32,6 +32,7 @@ class SelfAttention(nn.Module):
 
     config: EncoderConfig
     dtype: DTypeLike
+    implementation: Attention = "auto"
 
     def setup(self) -> None:
         """Declares the four dense layers."""
@@ -66,5 +67,6 @@ class SelfAttention(nn.Module):
             heads=self.config.num_attention_heads,
             dropout_rate=rate,
             words=row_words(self.make_rng("dropout"), rows) if drops else None,
+            implementation=self.implementation,
         )
         return self.output(mixed)

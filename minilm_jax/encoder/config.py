@@ -7,6 +7,7 @@ from minilm_jax.errors import ConfigError
 
 Family = Literal["bert", "roberta", "xlm-roberta", "distilbert", "xlm"]
 Activation = Literal["gelu", "gelu_tanh", "relu"]
+Attention = Literal["auto", "plain"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,3 +95,5 @@ class Compute:
     """Of the matrix products; bfloat16 on accelerators."""
     remat: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
+    attention: Attention = "auto"
+    """plain: XLA's operations alone. auto: the kernels on NVIDIA GPUs (Ampere and later)."""

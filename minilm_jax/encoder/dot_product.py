@@ -2,7 +2,8 @@
 
 Every such array is computed again from queries, keys and one number a row, as FlashAttention does
 (Dao et al., arXiv 2205.14135), so that a layer's activations are O(L·D). On a CPU a few heads are
-computed at a time, to stay within the caches; an accelerator gets all of them at once.
+computed at a time, to stay within the caches; an accelerator gets all of them at once. NVIDIA GPUs
+take the kernels of dot_product_pallas.py, where no L × L array is ever written.
 
 B batch, L tokens, D width, H heads (h at a time), K head width.
 """
@@ -15,7 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from minilm_jax.encoder.config import Attention
+from minilm_jax.encoder.dot_product_pallas import fits_pallas, pallas_backward, pallas_forward
 from minilm_jax.encoder.dropout import kept
+from minilm_jax.kernels import kernels_can_run, mesh_platform
+from minilm_jax.rows import map_over_rows
 
 FORWARD_ELEMENTS = 2**23
 """Of the logits computed at a time on a CPU; 32 MB, of which two are alive at once."""
@@ -24,26 +29,22 @@ BACKWARD_ELEMENTS = 2**20
 """The same for the gradient, which has a handful of them alive."""
 
 
-class _Rows(NamedTuple):
-    """What the logits of all heads share."""
-
-    segments: Int[Array, "B L"]
-    words: UInt32[Array, "B 2"] | None
-    """Of dropout; None drops nothing."""
-
-    def allowed(self) -> Bool[Array, "B 1 L L"]:
-        return self.segments[:, None, :, None] == self.segments[:, None, None, :]
-
-
 class _Residuals(NamedTuple):
-    query: Float[Array, "B H L K"]
-    """Scaled."""
-    key: Float[Array, "B H L K"]
-    value: Float[Array, "B H L K"]
-    mixed: Float[Array, "B H L K"]
-    log_total: Float[Array, "B H L 1"]
+    query: Float[Array, "B L D"]
+    key: Float[Array, "B L D"]
+    value: Float[Array, "B L D"]
+    mixed: Float[Array, "B L D"]
+    log_total: Float[Array, "B H L"]
     """Logarithm of the sum of the exponentials of a row's logits."""
-    rows: _Rows
+    segments: Int[Array, "B L"]
+    words: UInt32[Array, "B 2"]
+
+
+class _Settings(NamedTuple):
+    heads: int
+    rate: float
+    """Share of the probabilities that is dropped."""
+    implementation: Attention
 
 
 def dot_product_attention(
@@ -55,6 +56,7 @@ def dot_product_attention(
     heads: int,
     dropout_rate: float = 0.0,
     words: UInt32[Array, "B 2"] | None = None,
+    implementation: Attention = "auto",
 ) -> Float[Array, "B L D"]:
     """Returns softmax(Q Kᵀ / √K) V of each head, side by side, in the dtype of `query`.
 
@@ -69,46 +71,125 @@ def dot_product_attention(
       heads: H; divides D.
       dropout_rate: share of the probabilities that is dropped.
       words: two random words for each row (`row_words`), which choose them; None drops nothing.
+      implementation: `plain` is made of XLA's operations. `auto` takes the kernels of
+        dot_product_pallas.py on NVIDIA GPUs where they suit the shape, else the plain one.
     """
     if words is None:
-        dropout_rate = 0.0
-    return _attend(query, key, value, _Rows(segments, words), heads, dropout_rate)
+        dropout_rate, words = 0.0, jnp.zeros((query.shape[0], 2), jnp.uint32)
+    settings = _Settings(heads, dropout_rate, implementation)
+    arrays = (query, key, value, segments, words)
+    if implementation == "auto" and mesh_platform() == "gpu":
+        return map_over_rows(lambda rows: _attend(settings, *rows), arrays)
+    return _attend(settings, *arrays)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    query: Array, key: Array, value: Array, rows: _Rows, heads: int, rate: float
+    settings: _Settings, query: Array, key: Array, value: Array, segments: Array, words: Array
 ) -> Float[Array, "B L D"]:
-    return _forward(query, key, value, rows, heads, rate)[0]
+    return _forward(settings, query, key, value, segments, words)[0]
 
 
 def _forward(
-    query: Array, key: Array, value: Array, rows: _Rows, heads: int, rate: float
+    settings: _Settings, query: Array, key: Array, value: Array, segments: Array, words: Array
 ) -> tuple[Array, _Residuals]:
-    scale = (query.shape[-1] // heads) ** -0.5
-    q, k, v = (
-        _split_heads(x, heads) for x in (query * jnp.asarray(scale, query.dtype), key, value)
-    )
-    attend = partial(_forward_heads, rows=rows, rate=rate)
-    mixed, log_total = _over_heads(attend, q, k, v, elements=FORWARD_ELEMENTS)
-    return _merge_heads(mixed), _Residuals(q, k, v, mixed, log_total, rows)
+    arrays = (query, key, value, segments, words)
+    mixed, log_total = _implemented(settings, _plain_forward, pallas_forward, arrays)
+    return mixed, _Residuals(query, key, value, mixed, log_total, segments, words)
 
 
 def _backward(
-    heads: int, rate: float, residuals: _Residuals, cotangent: Float[Array, "B L D"]
-) -> tuple[Array, Array, Array, None]:
+    settings: _Settings, residuals: _Residuals, cotangent: Float[Array, "B L D"]
+) -> tuple[Array, Array, Array, None, None]:
     # Or the compiler would find the same arithmetic in the forward pass and keep its results.
     residuals, cotangent = jax.lax.optimization_barrier((residuals, cotangent))
-    *arrays, rows = residuals
-    differentiate = partial(_backward_heads, rows=rows, rate=rate)
-    arrays.append(_split_heads(cotangent, heads))
-    gradients = _over_heads(differentiate, *arrays, elements=BACKWARD_ELEMENTS)
-    query, key, value = (_merge_heads(x) for x in gradients)
-    scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
-    return query * scale, key, value, None
+    arrays = (cotangent, *residuals)
+    of_query, of_key, of_value = _implemented(settings, _plain_backward, pallas_backward, arrays)
+    return of_query, of_key, of_value, None, None
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _implemented(
+    settings: _Settings,
+    plain: Callable[..., tuple[Array, ...]],
+    kernel: Callable[..., tuple[Array, ...]],
+    arrays: tuple[Array, ...],
+) -> tuple[Array, ...]:
+    """Returns what the implementation computes, on the platform the program is lowered for."""
+    heads, rate, implementation = settings
+    plain = partial(plain, heads=heads, rate=rate)
+    _, length, width = arrays[0].shape
+    if (
+        implementation == "plain"
+        or not isinstance(length, int)  # a symbol, in a program to export
+        or not fits_pallas(length=length, width=width, heads=heads)
+        or not kernels_can_run()
+    ):
+        return plain(*arrays)
+    kernel = partial(kernel, heads=heads, rate=rate, device="gpu")
+    found: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+    return found
+
+
+def _plain_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array,
+    words: Array,
+    *,
+    heads: int,
+    rate: float,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B H L"]]:
+    """Returns the mixed values and the logarithm of each row's total."""
+    scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
+    arrays = (_split_heads(x, heads) for x in (query * scale, key, value))
+    rows = _Rows(segments, words, rate)
+    attend = partial(_forward_heads, rows=rows)
+    mixed, log_total = _over_heads(attend, *arrays, elements=FORWARD_ELEMENTS)
+    return _merge_heads(mixed), log_total[..., 0]
+
+
+def _plain_backward(
+    cotangent: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    mixed: Array,
+    log_total: Array,
+    segments: Array,
+    words: Array,
+    *,
+    heads: int,
+    rate: float,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L D"]]:
+    """Returns the gradients of queries, keys and values."""
+    scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
+    arrays = [_split_heads(x, heads) for x in (query * scale, key, value, mixed, cotangent)]
+    differentiate = partial(_backward_heads, rows=_Rows(segments, words, rate))
+    gradients = _over_heads(
+        differentiate, *arrays, log_total[..., None], elements=BACKWARD_ELEMENTS
+    )
+    of_query, of_key, of_value = (_merge_heads(x) for x in gradients)
+    return of_query * scale, of_key, of_value
+
+
+class _Rows(NamedTuple):
+    """What the logits of all heads share."""
+
+    segments: Int[Array, "B L"]
+    words: UInt32[Array, "B 2"]
+    rate: float
+
+    def allowed(self) -> Bool[Array, "B 1 L L"]:
+        return self.segments[:, None, :, None] == self.segments[:, None, None, :]
+
+    def kept(self, first: Array | int, shape: tuple[int, ...]) -> Bool[Array, "B h L L"]:
+        """Of `shape`, logits of heads from the one numbered `first`."""
+        _, heads, length, _ = shape
+        return kept(self.words, (heads, length, length), self.rate, first=first * length**2)
 
 
 def _forward_heads(
@@ -118,7 +199,6 @@ def _forward_heads(
     value: Float[Array, "B h L K"],
     *,
     rows: _Rows,
-    rate: float,
 ) -> tuple[Float[Array, "B h L K"], Float[Array, "B h L 1"]]:
     """Returns the mixed values of some heads and the logarithm of each row's total."""
     logits = _product("bhqk,bhkl->bhql", query, _transpose(key))
@@ -127,10 +207,10 @@ def _forward_heads(
     weights = jnp.exp(logits - peak)
     # Normalising after the value product divides L x K numbers instead of L x L.
     total = weights.sum(axis=-1, keepdims=True)
-    if rows.words is not None:
-        weights = jnp.where(_kept(rows.words, first, weights.shape, rate), weights, 0.0)
+    if rows.rate:
+        weights = jnp.where(rows.kept(first, weights.shape), weights, 0.0)
     mixed = _product("bhql,bhlk->bhqk", weights.astype(value.dtype), value)
-    return (mixed / (total * (1 - rate))).astype(value.dtype), peak + jnp.log(total)
+    return (mixed / (total * (1 - rows.rate))).astype(value.dtype), peak + jnp.log(total)
 
 
 def _backward_heads(
@@ -139,11 +219,10 @@ def _backward_heads(
     key: Float[Array, "B h L K"],
     value: Float[Array, "B h L K"],
     mixed: Float[Array, "B h L K"],
-    log_total: Float[Array, "B h L 1"],
     cotangent: Float[Array, "B h L K"],
+    log_total: Float[Array, "B h L 1"],
     *,
     rows: _Rows,
-    rate: float,
 ) -> tuple[Float[Array, "B h L K"], Float[Array, "B h L K"], Float[Array, "B h L K"]]:
     """Returns the gradients of some heads' (scaled) queries, keys and values."""
     dtype = query.dtype
@@ -153,8 +232,8 @@ def _backward_heads(
     # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
     shared = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1, keepdims=True)
     dropped = probabilities
-    if rows.words is not None:
-        factor = jnp.where(_kept(rows.words, first, logits.shape, rate), 1 / (1 - rate), 0.0)
+    if rows.rate:
+        factor = jnp.where(rows.kept(first, logits.shape), 1 / (1 - rows.rate), 0.0)
         dropped, slopes = probabilities * factor, slopes * factor
     of_logits = (probabilities * (slopes - shared)).astype(dtype)
     # With keys last, as in the logits, no product has to transpose an L x L array.
@@ -192,13 +271,6 @@ def _over_heads(
     if each == heads:
         return whole(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=looped, default=whole)
-
-
-def _kept(
-    words: Array, first: Array | int, shape: tuple[int, ...], rate: float
-) -> Bool[Array, "B h L L"]:
-    _, heads, length, _ = shape
-    return kept(words, (heads, length, length), rate, first=first * length**2)
 
 
 def _product(subscripts: str, left: Array, right: Array) -> Float[Array, "..."]:

@@ -52,6 +52,16 @@ def kept(
     index = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
     index = index + jnp.asarray(first, jnp.uint32)
     start, step = (words[:, i].reshape(-1, *[1] * len(shape)) for i in (0, 1))
+    return kept_at(start, step, index, rate)
+
+
+def kept_at(
+    start: UInt32[Array, "..."],
+    step: UInt32[Array, "..."],
+    index: UInt32[Array, "..."],
+    rate: float,
+) -> Bool[Array, "..."]:
+    """Returns whether dropout keeps elements of these indices, in rows with these two words."""
     bits = start + index * (step | 1)
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)

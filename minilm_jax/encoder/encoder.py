@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from minilm_jax.encoder.attention import Projections, SelfAttention
-from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.config import Attention, Compute, EncoderConfig
 from minilm_jax.encoder.dense import Dense
 from minilm_jax.encoder.dropout import RowDropout
 from minilm_jax.rows import divide_rows
@@ -78,13 +78,17 @@ class Encoder(nn.Module):
     config: EncoderConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    attention: Attention = "auto"
 
     def setup(self) -> None:
         """Declares embeddings and blocks."""
         self.embeddings = Embeddings(self.config, self.dtype)
         # `deterministic` is Python control flow, so remat must treat it as static.
         block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
-        self.layer = [block(self.config, self.dtype) for _ in range(self.config.num_hidden_layers)]
+        self.layer = [
+            block(self.config, self.dtype, self.attention)
+            for _ in range(self.config.num_hidden_layers)
+        ]
 
     def __call__(
         self,
@@ -199,10 +203,12 @@ class Block(nn.Module):
 
     config: EncoderConfig
     dtype: DTypeLike
+    implementation: Attention
+    """Of the attention."""
 
     def setup(self) -> None:
         """Declares attention, feed-forward and their norms."""
-        self.attention = SelfAttention(self.config, self.dtype)
+        self.attention = SelfAttention(self.config, self.dtype, self.implementation)
         self.attention_norm = layer_norm(self.config, self.dtype)
         self.ffn = FeedForward(self.config, self.dtype)
         self.ffn_norm = layer_norm(self.config, self.dtype)
@@ -289,12 +295,12 @@ def encode(
       config: the encoder's shape.
       params: its parameters.
       batch: `input_ids`, `segments` and what else of `INPUTS` there is; other entries are ignored.
-      compute: dtype and rematerialisation; fp32 and none where absent.
+      compute: dtype, rematerialisation, attention; the defaults where absent.
       key: of the dropout; None is deterministic.
       stop_after: see `Encoder.__call__`.
     """
     compute = compute or Compute()
-    encoder = Encoder(config, jnp.dtype(compute.dtype), compute.remat)
+    encoder = Encoder(config, jnp.dtype(compute.dtype), compute.remat, compute.attention)
     inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
     rngs: Any = None if key is None else {"dropout": key}
     output: Any = encoder.apply(

@@ -5,7 +5,6 @@ The properties of the loss are held for `pallas` too in test_relations.py.
 
 import importlib.util
 import os
-import re
 from functools import partial
 
 import jax
@@ -17,11 +16,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
 from minilm_jax.distill.relations_pallas import fits_pallas, pallas_sums
+from tests.described_gpu import KERNEL_CALL, lowered_for_cuda
 from tests.distill.test_relations import assert_close, models
 from tests.distill.test_relations_blocked import in_context
 
-# Names of the kernels in a program, by platform.
-KERNEL_CALLS = {"cuda": "xla.gpu.triton", "tpu": "tpu_custom_call"}
+# A kernel for TPUs in a program, by any name.
+TPU_KERNEL_CALL = "tpu_custom_call"
 
 
 @pytest.mark.parametrize("device", ["interpreted tpu", "interpreted gpu"])
@@ -86,28 +86,18 @@ SHAPES = [
 ]
 
 
-def lowered_for_cuda(step, arguments):
-    return jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
-# jax 0.12 asks for a GPU, or one described by an abstract mesh, to lower a kernel for it, and warns
-# that the Triton backend will go: the kernels for NVIDIA have to move to Mosaic GPU.
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 12), reason="jax 0.12 lowers for cuda only where a GPU is described"
-)
 @pytest.mark.parametrize("dtype, shape", SHAPES, ids=str)
 @pytest.mark.parametrize("implementation", ["auto", "pallas"])
-def test_lowered_for_cuda(implementation, dtype, shape, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    text = lowered_for_cuda(*program(dtype, implementation=implementation, **shape))
-    assert len(re.findall(KERNEL_CALLS["cuda"], text)) == 2
+def test_lowered_for_cuda(implementation, dtype, shape):
+    step, arguments = program(dtype, implementation=implementation, **shape)
+    text = lowered_for_cuda(step, *arguments)
+    assert text.count(KERNEL_CALL) == 2
 
 
-def test_a_shape_that_does_not_suit_the_kernels_takes_blocks(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_a_shape_that_does_not_suit_the_kernels_takes_blocks():
     assert not fits_pallas(teacher_width=768, student_width=384, length=512, heads=1)
     step, arguments = program(jnp.float32, implementation="auto", batch=1, length=512, heads=1)
-    assert KERNEL_CALLS["cuda"] not in lowered_for_cuda(step, arguments)
+    assert KERNEL_CALL not in lowered_for_cuda(step, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +127,7 @@ def test_compiled_for_tpus_under_shard_map(tpus, dtype, shape):
     step, arguments = program(dtype, implementation="auto", **shape)
     rows = PartitionSpec("data")
     mapped = jax.shard_map(step, mesh=tpus, in_specs=rows, out_specs=rows)
-    assert KERNEL_CALLS["tpu"] in compiled_for_tpus(mapped, arguments, tpus)
+    assert TPU_KERNEL_CALL in compiled_for_tpus(mapped, arguments, tpus)
 
 
 @pytest.mark.usefixtures("no_program_cache")
@@ -146,5 +136,5 @@ def test_a_jit_over_a_mesh_of_tpus_moves_no_array(tpus, told):
     """It takes the kernels where it is told of the mesh, else blocks."""
     step, arguments = program(jnp.bfloat16, implementation="auto", batch=2, length=512, heads=12)
     text = compiled_for_tpus(in_context(step, tpus) if told else step, arguments, tpus)
-    assert (KERNEL_CALLS["tpu"] in text) == told
+    assert (TPU_KERNEL_CALL in text) == told
     assert "all-gather" not in text

@@ -1,0 +1,178 @@
+"""Attention's kernels: right when interpreted, and accepted by the GPU's lowering without a GPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from minilm_jax.encoder import dot_product
+from minilm_jax.encoder.dot_product import dot_product_attention
+from minilm_jax.encoder.dot_product_pallas import fits_pallas, pallas_backward, pallas_forward
+from minilm_jax.encoder.dropout import row_words
+from tests.described_gpu import KERNEL_CALL, lowered_for_cuda
+
+
+def problem(length, width, *, batch=2, dtype=jnp.float32):
+    """Returns (queries, keys, values, cotangent), packed and ragged segments, dropout's words."""
+    rng = np.random.default_rng(0)
+    arrays = tuple(jnp.asarray(rng.normal(size=(batch, length, width)), dtype) for _ in range(4))
+    row = [1] * 40 + [2] * (length - 50) + [0] * 10
+    segments = jnp.asarray([row, [7] * (length - 1) + [0]] * (batch // 2))
+    return arrays, segments, row_words(jax.random.key(0), jnp.arange(batch))
+
+
+def by_kernels(arrays, segments, words, *, heads, rate):
+    """Returns the output and its gradients for the cotangent, by interpreted kernels."""
+    *inputs, cotangent = arrays
+    settings = {"heads": heads, "rate": rate, "device": "interpreted gpu"}
+    mixed, log_total = pallas_forward(*inputs, segments, words, **settings)
+    gradients = pallas_backward(cotangent, *inputs, mixed, log_total, segments, words, **settings)
+    return mixed, *gradients
+
+
+def by_xla(arrays, segments, words, *, heads, rate):
+    """The same by the plain implementation, which test_dot_product.py holds to the formula."""
+    *inputs, cotangent = arrays
+    call = partial(
+        dot_product_attention,
+        segments=segments,
+        heads=heads,
+        dropout_rate=rate,
+        words=words,
+        implementation="plain",
+    )
+    mixed, pull = jax.vjp(call, *inputs)
+    return mixed, *pull(cotangent)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+@pytest.mark.parametrize(
+    "length, heads, head", [(64, 2, 16), (100, 3, 32), (256, 2, 64), (130, 1, 128)], ids=str
+)
+def test_kernels_compute_what_xla_does(length, heads, head, rate):
+    """One tile and several, whole and padded, the same dropout masks."""
+    given = problem(length, heads * head)
+    found = jax.jit(partial(by_kernels, heads=heads, rate=rate))(*given)
+    expected = jax.jit(partial(by_xla, heads=heads, rate=rate))(*given)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_smaller_ones():
+    arrays, segments, words = problem(128, 64)
+    query, key, value, cotangent = arrays
+    given = ((30 * query, 30 * key, value, cotangent), segments, words)
+    found = by_kernels(*given, heads=2, rate=0.0)
+    expected = by_xla(*given, heads=2, rate=0.0)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.isfinite(ours).all()
+        # A logit of 5,000 is exact to 5e-4, and so are probabilities; gradients are 30 times that.
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3 * np.abs(theirs).max())
+
+
+def test_bf16_operands_give_bf16_results_near_fp32_ones():
+    arrays, segments, words = problem(128, 64)
+    rounded = tuple(x.astype(jnp.bfloat16) for x in arrays)
+    found = by_kernels(rounded, segments, words, heads=2, rate=0.1)
+    exact = by_xla(arrays, segments, words, heads=2, rate=0.1)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(ours.astype(jnp.float32) - theirs).max() < 0.03 * np.abs(theirs).max()
+
+
+def program(implementation="auto", *, heads=12, length=128, batch=2):
+    """A forward and backward pass, and what it is lowered for."""
+
+    def step(query, key, value, segments, words):
+        def total(*arrays):
+            out = dot_product_attention(
+                *arrays,
+                segments=segments,
+                heads=heads,
+                dropout_rate=0.1,
+                words=words,
+                implementation=implementation,
+            )
+            return out.astype(jnp.float32).sum()
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2))(query, key, value)
+
+    shape = jax.ShapeDtypeStruct((batch, length, 384), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    return step, (shape, shape, shape, segments, jax.ShapeDtypeStruct((batch, 2), jnp.uint32))
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one GPU", "a mesh of two"])
+def test_a_gpu_takes_the_kernels(count):
+    step, arguments = program()
+    text = lowered_for_cuda(step, *arguments, count=count)
+    assert text.count(KERNEL_CALL) == 3
+    assert ("shard_map" in text or "manual_computation" in text) == (count > 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"implementation": "plain"}, {"length": 32}, {"heads": 16}],
+    ids=["told not to", "short rows", "heads of 24 numbers"],
+)
+def test_what_does_not_suit_the_kernels_takes_xla(settings):
+    step, arguments = program(**settings)
+    assert KERNEL_CALL not in lowered_for_cuda(step, *arguments)
+
+
+def test_an_old_gpu_takes_xla(monkeypatch):
+    class Volta:
+        platform, compute_capability = "gpu", "7.0"
+
+    step, arguments = program()
+    monkeypatch.setattr(jax, "devices", lambda: [Volta()])
+    assert KERNEL_CALL not in lowered_for_cuda(step, *arguments)
+
+
+def test_no_kernel_where_several_devices_arrays_are_one():
+    """A jit over devices that no mesh tells of: XLA would have to divide a kernel."""
+    step, arguments = program()
+    assert jax.device_count() > 1
+    lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert KERNEL_CALL not in lowered.as_text()
+
+
+def test_on_a_mesh_each_device_attends_to_its_own_rows(monkeypatch):
+    """As on a mesh of GPUs; the devices are emulated and take the plain implementation."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    arrays, segments, words = problem(64, 32, batch=8)
+    given = (*arrays[:3], segments, words)
+
+    def attend(query, key, value, segments, words):
+        def total(*arrays):
+            out = dot_product_attention(
+                *arrays, segments=segments, heads=2, dropout_rate=0.1, words=words
+            )
+            return jnp.square(out).sum(), out
+
+        return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+    expected = jax.jit(attend)(*given)
+    monkeypatch.setattr(dot_product, "mesh_platform", lambda: "gpu")
+    placed = jax.device_put(given, NamedSharding(mesh, PartitionSpec("data")))
+
+    def in_context(*given):
+        with use_abstract_mesh(mesh.abstract_mesh):
+            return attend(*given)
+
+    compiled = jax.jit(in_context).lower(*placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6),
+        compiled(*placed),
+        expected,
+    )
+
+
+def test_shapes_of_published_models_suit_the_kernels():
+    for width, heads in ((384, 12), (768, 12), (1024, 16)):
+        assert fits_pallas(length=128, width=width, heads=heads)
+    assert not fits_pallas(length=8, width=384, heads=12)
