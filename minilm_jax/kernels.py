@@ -1,9 +1,23 @@
-"""Whether Pallas kernels can be part of the program that is being traced."""
+"""What Pallas kernels share: where they can run, and what a program on a GPU sees of an array."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 AMPERE = 8.0
 """Compute capability; Pallas's kernels for NVIDIA need it, V100 has 7."""
+TILE = 64
+"""Tokens that a program on a GPU meets at a time."""
+MASKED = -1e30
+"""A logit that is not allowed; finite, because -inf - (-inf) is not a number."""
+LN_2 = math.log(2)
 
 
 def kernels_can_run() -> bool:
@@ -26,3 +40,100 @@ def mesh_platform() -> str | None:
     """Returns the platform of the mesh in context; None without one, and under pmap."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else str(device.platform)
+
+
+def pad_tokens(x: Array, *, axis: int = 1, with_value: int = 0) -> Array:
+    """Returns the array with its tokens padded to whole tiles."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % TILE)
+    return jnp.pad(x, widths, constant_values=with_value)
+
+
+class Side(NamedTuple):
+    """The part that a program sees of arrays over rows, or of arrays over keys.
+
+    A program is one block of tokens of one head of one row of the batch: (block, head, row).
+    """
+
+    length: int
+    own: int | None = None
+    """Tokens of the program's own block; None: it sees all."""
+
+    def heads(self, head: int) -> pl.BlockSpec:
+        """Of an array [B, L, H · head], the heads side by side."""
+        return pl.BlockSpec((None, self.size, head), lambda i, h, b: (b, self._block(i), h))
+
+    def line(self) -> pl.BlockSpec:
+        """Of an array [B, H, L]."""
+        return pl.BlockSpec((None, None, self.size), lambda i, h, b: (b, h, self._block(i)))
+
+    def tokens(self) -> pl.BlockSpec:
+        """Of an array [B, L]."""
+        return pl.BlockSpec((None, self.size), lambda i, h, b: (b, self._block(i)))
+
+    @property
+    def size(self) -> int:
+        """Tokens the program sees."""
+        return self.own or self.length
+
+    def _block(self, i: Any) -> Any:
+        return i if self.own else 0
+
+
+class Output(NamedTuple):
+    """What a kernel writes."""
+
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+    spec: pl.BlockSpec
+
+
+def run_on_gpu(
+    kernel: Callable[..., None],
+    inputs: Sequence[tuple[Array, pl.BlockSpec]],
+    outputs: Sequence[Output],
+    *,
+    grid: tuple[int, int, int],
+    interpret: bool,
+    name: str,
+) -> list[Array]:
+    """Runs the kernel once for every (block, head, row), on references to inputs and outputs."""
+    arrays, specs = zip(*inputs, strict=True)
+
+    def shapes(*arrays: Array) -> list[Array]:
+        return [zeros_like_any(x.shape, like=arrays).astype(x.dtype) for x in outputs]
+
+    run = pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=specs,
+        out_specs=[x.spec for x in outputs],
+        out_shape=jax.eval_shape(shapes, *arrays),
+        interpret=interpret,
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=2),
+        name=name,
+    )
+    return list(run(*arrays))
+
+
+def zeros_like_any(shape: tuple[int, ...], *, like: object) -> Array:
+    """Returns fp32 zeros that vary over every mapped axis that any of `like` varies over.
+
+    `jax.shard_map` wants what a loop carries to vary as what the loop makes of it, and to know it
+    of what a kernel writes. Its own name for this differs between versions of JAX; a selection that
+    never takes the array does not.
+    """
+    never = [
+        jnp.where(False, x[(0,) * x.ndim].astype(jnp.float32), 0.0) for x in jax.tree.leaves(like)
+    ]
+    return jnp.broadcast_to(sum(never, start=jnp.float32(0)), shape)
+
+
+def own_tokens(size: int) -> Array:
+    """Returns the indices, int32 [size], of the tokens of the program's own block."""
+    return pl.program_id(0) * size + jnp.arange(size, dtype=jnp.int32)
+
+
+def tile_tokens(index: Array) -> Array:
+    """Returns the indices, int32 [TILE], of the tokens of a tile."""
+    return index * TILE + jnp.arange(TILE, dtype=jnp.int32)

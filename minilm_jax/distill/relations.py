@@ -23,7 +23,8 @@ from minilm_jax.distill.relations_blocked import (
     blocked_sums,
     choose_block,
 )
-from minilm_jax.distill.relations_pallas import fits_pallas, pallas_sums
+from minilm_jax.distill.relations_gpu import fits_gpu, gpu_sums
+from minilm_jax.distill.relations_tpu import fits_tpu, tpu_sums
 from minilm_jax.errors import ConfigError
 from minilm_jax.kernels import kernels_can_run
 from minilm_jax.rows import sum_over_rows
@@ -211,28 +212,23 @@ def _sums(
     cached = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
     if implementation == "blocked":
         return cached(teacher, student, segments, weights)
-    kernels = {
-        "tpu": partial(pallas_sums, heads=heads, device="tpu", wanted=wanted),
-        "cuda": partial(pallas_sums, heads=heads, device="gpu", wanted=wanted),
-    }
+    on_tpu = partial(tpu_sums, heads=heads, wanted=wanted)
+    on_gpu = partial(gpu_sums, heads=heads, wanted=wanted)
+    arrays = (teacher, student, segments, weights)
     if implementation == "pallas":
-        other = partial(pallas_sums, heads=heads, device="interpreted tpu", wanted=wanted)
-        return jax.lax.platform_dependent(
-            teacher, student, segments, weights, **kernels, default=other
-        )
+        elsewhere = partial(on_tpu, interpret=True)
+        return jax.lax.platform_dependent(*arrays, tpu=on_tpu, cuda=on_gpu, default=elsewhere)
     # An accelerator has no cache to stay within and wants enough to do at a time.
     block = choose_block(batch=batch, length=length, heads=heads, elements=2**24)
     large = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
-    widths = {"teacher_width": teacher[0].shape[-1], "student_width": student[0].shape[-1]}
-    suited = kernels_can_run() and fits_pallas(**widths, length=length, heads=heads)
+    widest = max(teacher[0].shape[-1], student[0].shape[-1]) // heads
+    suited = kernels_can_run()
     return jax.lax.platform_dependent(
-        teacher,
-        student,
-        segments,
-        weights,
+        *arrays,
         cpu=cached,
+        tpu=on_tpu if suited and fits_tpu(length=length, widest=widest) else large,
+        cuda=on_gpu if suited and fits_gpu(length=length, widest=widest) else large,
         default=large,
-        **(kernels if suited else {}),
     )
 
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from minilm_jax.kernels import zeros_like_any
+
 Teacher = tuple[Float[Array, "B L Dt"], Float[Array, "B L Dt"]]
 Student = tuple[Float[Array, "B L Ds"], Float[Array, "B L Ds"]]
 Wanted = Literal["loss", "loss and gradients"]
@@ -200,18 +202,6 @@ def _merge_heads(x: Float[Array, "G L K"], batch: int) -> Float[Array, "B L D"]:
     folded, length, head = x.shape
     x = x.reshape(batch, folded // batch, length, head).transpose(0, 2, 1, 3)
     return x.reshape(batch, length, -1)
-
-
-def zeros_like_any(shape: tuple[int, ...], *, like: object) -> Array:
-    """Returns fp32 zeros that vary over every mapped axis that any of `like` varies over.
-
-    `jax.shard_map` wants what a loop carries to vary as what the loop makes of it. Its own name for
-    this differs between versions of JAX; a selection that never takes the array does not.
-    """
-    never = [
-        jnp.where(False, x[(0,) * x.ndim].astype(jnp.float32), 0.0) for x in jax.tree.leaves(like)
-    ]
-    return jnp.broadcast_to(sum(never, start=jnp.float32(0)), shape)
 
 
 def products_precision(x: Array) -> jax.lax.Precision:

@@ -3,7 +3,7 @@
 Every such array is computed again from queries, keys and one number a row, as FlashAttention does
 (Dao et al., arXiv 2205.14135), so that a layer's activations are O(L·D). On a CPU a few heads are
 computed at a time, to stay within the caches; an accelerator gets all of them at once. NVIDIA GPUs
-take the kernels of dot_product_pallas.py, where no L × L array is ever written.
+take the kernels of dot_product_gpu.py, where no L × L array is ever written.
 
 B batch, L tokens, D width, H heads (h at a time), K head width.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minilm_jax.encoder.config import Attention
-from minilm_jax.encoder.dot_product_pallas import fits_pallas, pallas_backward, pallas_forward
+from minilm_jax.encoder.dot_product_gpu import fits_gpu, gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import kept
 from minilm_jax.kernels import kernels_can_run, mesh_platform
 from minilm_jax.rows import map_over_rows
@@ -72,7 +72,7 @@ def dot_product_attention(
       dropout_rate: share of the probabilities that is dropped.
       words: two random words for each row (`row_words`), which choose them; None drops nothing.
       implementation: `plain` is made of XLA's operations. `auto` takes the kernels of
-        dot_product_pallas.py on NVIDIA GPUs where they suit the shape, else the plain one.
+        dot_product_gpu.py on NVIDIA GPUs where they suit the shape, else the plain one.
     """
     if words is None:
         dropout_rate, words = 0.0, jnp.zeros((query.shape[0], 2), jnp.uint32)
@@ -94,7 +94,7 @@ def _forward(
     settings: _Settings, query: Array, key: Array, value: Array, segments: Array, words: Array
 ) -> tuple[Array, _Residuals]:
     arrays = (query, key, value, segments, words)
-    mixed, log_total = _implemented(settings, _plain_forward, pallas_forward, arrays)
+    mixed, log_total = _implemented(settings, _plain_forward, gpu_forward, arrays)
     return mixed, _Residuals(query, key, value, mixed, log_total, segments, words)
 
 
@@ -104,7 +104,7 @@ def _backward(
     # Or the compiler would find the same arithmetic in the forward pass and keep its results.
     residuals, cotangent = jax.lax.optimization_barrier((residuals, cotangent))
     arrays = (cotangent, *residuals)
-    of_query, of_key, of_value = _implemented(settings, _plain_backward, pallas_backward, arrays)
+    of_query, of_key, of_value = _implemented(settings, _plain_backward, gpu_backward, arrays)
     return of_query, of_key, of_value, None, None
 
 
@@ -124,11 +124,11 @@ def _implemented(
     if (
         implementation == "plain"
         or not isinstance(length, int)  # a symbol, in a program to export
-        or not fits_pallas(length=length, width=width, heads=heads)
+        or not fits_gpu(length=length, width=width, heads=heads)
         or not kernels_can_run()
     ):
         return plain(*arrays)
-    kernel = partial(kernel, heads=heads, rate=rate, device="gpu")
+    kernel = partial(kernel, heads=heads, rate=rate)
     found: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
     return found
 

@@ -52,17 +52,16 @@ def kept(
     index = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
     index = index + jnp.asarray(first, jnp.uint32)
     start, step = (words[:, i].reshape(-1, *[1] * len(shape)) for i in (0, 1))
-    return kept_at(start, step, index, rate)
+    return kept_of_sequence(start + index * odd(step), rate)
 
 
-def kept_at(
-    start: UInt32[Array, "..."],
-    step: UInt32[Array, "..."],
-    index: UInt32[Array, "..."],
-    rate: float,
-) -> Bool[Array, "..."]:
-    """Returns whether dropout keeps elements of these indices, in rows with these two words."""
-    bits = start + index * (step | 1)
+def odd(step: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Returns the step of a row's Weyl sequence, from its second word."""
+    return step | 1
+
+
+def kept_of_sequence(bits: UInt32[Array, "..."], rate: float) -> Bool[Array, "..."]:
+    """Returns which elements dropout keeps, from their values in the rows' Weyl sequences."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     bits = bits ^ (bits >> 16)

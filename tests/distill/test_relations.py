@@ -11,7 +11,7 @@ from minilm_jax.distill.relations import RelationLoss, relation_kl
 from minilm_jax.errors import ConfigError
 
 # Interpreting the kernels takes long: they are held to some properties here, and to the reference
-# in test_relations_pallas.py.
+# in test_relations_kernels.py.
 KERNELS_TOO = pytest.mark.parametrize("implementation", ["reference", "blocked", "pallas"])
 
 

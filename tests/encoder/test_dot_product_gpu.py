@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_me
 
 from minilm_jax.encoder import dot_product
 from minilm_jax.encoder.dot_product import dot_product_attention
-from minilm_jax.encoder.dot_product_pallas import fits_pallas, pallas_backward, pallas_forward
+from minilm_jax.encoder.dot_product_gpu import fits_gpu, gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import row_words
 from tests.described_gpu import KERNEL_CALL, lowered_for_cuda
 
@@ -27,9 +27,9 @@ def problem(length, width, *, batch=2, dtype=jnp.float32):
 def by_kernels(arrays, segments, words, *, heads, rate):
     """Returns the output and its gradients for the cotangent, by interpreted kernels."""
     *inputs, cotangent = arrays
-    settings = {"heads": heads, "rate": rate, "device": "interpreted gpu"}
-    mixed, log_total = pallas_forward(*inputs, segments, words, **settings)
-    gradients = pallas_backward(cotangent, *inputs, mixed, log_total, segments, words, **settings)
+    settings = {"heads": heads, "rate": rate, "interpret": True}
+    mixed, log_total = gpu_forward(*inputs, segments, words, **settings)
+    gradients = gpu_backward(cotangent, *inputs, mixed, log_total, segments, words, **settings)
     return mixed, *gradients
 
 
@@ -174,5 +174,5 @@ def test_on_a_mesh_each_device_attends_to_its_own_rows(monkeypatch):
 
 def test_shapes_of_published_models_suit_the_kernels():
     for width, heads in ((384, 12), (768, 12), (1024, 16)):
-        assert fits_pallas(length=128, width=width, heads=heads)
-    assert not fits_pallas(length=8, width=384, heads=12)
+        assert fits_gpu(length=128, width=width, heads=heads)
+    assert not fits_gpu(length=8, width=384, heads=12)

@@ -15,7 +15,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
-from minilm_jax.distill.relations_pallas import fits_pallas, pallas_sums
+from minilm_jax.distill.relations_gpu import gpu_sums
+from minilm_jax.distill.relations_tpu import tpu_sums
 from tests.described_gpu import KERNEL_CALL, lowered_for_cuda
 from tests.distill.test_relations import assert_close, models
 from tests.distill.test_relations_blocked import in_context
@@ -24,13 +25,13 @@ from tests.distill.test_relations_blocked import in_context
 TPU_KERNEL_CALL = "tpu_custom_call"
 
 
-@pytest.mark.parametrize("device", ["interpreted tpu", "interpreted gpu"])
+@pytest.mark.parametrize("sums", [tpu_sums, gpu_sums])
 @pytest.mark.parametrize(
     "length, teacher_width, student_width",
     [(70, 192, 96), (300, 40, 12)],
     ids=str,
 )
-def test_kernels_are_the_reference(device, length, teacher_width, student_width):
+def test_kernels_are_the_reference(sums, length, teacher_width, student_width):
     """Lengths that need padding to a tile, several tiles, heads of 3 to 48 numbers."""
     teacher, student = models(
         2, length, teacher_width=teacher_width, student_width=student_width, scale=1.5
@@ -48,7 +49,7 @@ def test_kernels_are_the_reference(device, length, teacher_width, student_width)
         return reference_per_head(teacher, student, segments=segments, weights=weights, heads=4)
 
     expected, pull = jax.vjp(jax.jit(plain), student)
-    call = partial(pallas_sums, teacher, student, segments, weights, heads=4, device=device)
+    call = partial(sums, teacher, student, segments, weights, heads=4, interpret=True)
     found = jax.jit(partial(call, wanted="loss and gradients"))()
     by_column = jnp.repeat(cotangent, student_width // 4)
     assert_close(
@@ -95,7 +96,6 @@ def test_lowered_for_cuda(implementation, dtype, shape):
 
 
 def test_a_shape_that_does_not_suit_the_kernels_takes_blocks():
-    assert not fits_pallas(teacher_width=768, student_width=384, length=512, heads=1)
     step, arguments = program(jnp.float32, implementation="auto", batch=1, length=512, heads=1)
     assert KERNEL_CALL not in lowered_for_cuda(step, *arguments)
 

@@ -1,0 +1,276 @@
+"""The relation loss as a Pallas kernel for TPUs: relations live in VMEM only.
+
+Tokens stand along the last axis, `[head, K, L]`: a TPU's vectors are 128 lanes wide, and a relation
+head (8 to 64 numbers) would leave most of them empty. So a tile of a relation is `[keys, rows]`,
+the sums over keys run down columns, and what belongs to a row is one line of lanes.
+
+A program meets the keys of a block of rows twice, first for both softmaxes and the divergence, then
+for p_S - p_T and the gradients. The blocks of a head run one after another and add up the gradient
+of the keys in place.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Bool, Float, Int
+
+from minilm_jax.distill.relations_blocked import (
+    HeadSums,
+    Student,
+    Teacher,
+    Wanted,
+    products_precision,
+)
+from minilm_jax.kernels import MASKED, zeros_like_any
+
+
+class _Inputs(NamedTuple):
+    """One thing for each array that the kernels read: the array, its block, or a reference to it.
+
+    G = B · R heads; tokens are padded to whole tiles and heads to whole lines of registers.
+    """
+
+    a_teacher: Any  # G Kt L
+    b_teacher: Any  # G Kt L
+    a_student: Any  # G Ks L
+    b_student: Any  # G Ks L
+    row_segments: Any  # B 1 L
+    key_segments: Any  # B L 1
+    weights: Any  # B 1 L
+
+
+class _Kernel(NamedTuple):
+    """What does not change within a call."""
+
+    heads: int
+    tile: int
+    scale_teacher: float
+    scale_student: float
+    precision: jax.lax.Precision
+    interpret: bool
+
+
+def fits_tpu(*, length: int, widest: int) -> bool:
+    """Returns whether the kernel suits a length, and heads of either model up to the widest."""
+    return 64 <= length <= 8192 and widest <= 128
+
+
+def tpu_sums(
+    teacher: Teacher,
+    student: Student,
+    segments: Int[Array, "B L"],
+    weights: Float[Array, "B L"],
+    *,
+    heads: int,
+    wanted: Wanted,
+    interpret: bool = False,
+) -> HeadSums:
+    """Returns the loss of every head and, where wanted, its gradients."""
+    batch, length, width = student[0].shape
+    tile = 128 if length <= 128 else 256
+    padding = -length % tile
+    segments = jnp.pad(segments, ((0, 0), (0, padding)))
+    weights = jnp.pad(weights, ((0, 0), (0, padding)))
+    lay_out = partial(_tokens_last, heads=heads, segments=segments)
+    arrays = _Inputs(
+        a_teacher=lay_out(teacher[0]),
+        b_teacher=lay_out(teacher[1]),
+        a_student=lay_out(student[0]),
+        b_student=lay_out(student[1]),
+        row_segments=segments[:, None, :],
+        key_segments=segments[:, :, None],
+        weights=weights[:, None, :],
+    )
+    kernel = _Kernel(
+        heads=heads,
+        tile=tile,
+        scale_teacher=1 / math.sqrt(teacher[0].shape[-1] // heads),
+        scale_student=1 / math.sqrt(width // heads),
+        precision=products_precision(student[0]),
+        interpret=interpret,
+    )
+    found = _run(arrays, kernel, wanted=wanted)
+    divergence = found.divergence[:, 0].reshape(batch, heads, -1)
+    per_head = jnp.einsum("brl,bl->r", divergence, weights, precision=jax.lax.Precision.HIGHEST)
+    if wanted == "loss":
+        return HeadSums(per_head)
+
+    def merge(x: Float[Array, "G K L"]) -> Float[Array, "B l D"]:
+        x = x[:, : width // heads, :length].reshape(batch, heads, -1, length)
+        return x.transpose(0, 3, 1, 2).reshape(batch, length, width)
+
+    return HeadSums(per_head, a=merge(found.a), b=merge(found.b))
+
+
+def _tokens_last(
+    x: Float[Array, "B l D"], *, heads: int, segments: Int[Array, "B L"]
+) -> Float[Array, "G K L"]:
+    """Returns the heads of every row with tokens last; padding, of tokens and of heads, is zero.
+
+    Eight or sixteen numbers are one line of registers.
+    """
+    batch, length, width = x.shape
+    x = jnp.pad(x, ((0, 0), (0, segments.shape[1] - length), (0, 0)))
+    x = jnp.where(segments[..., None] > 0, x, 0)
+    x = x.reshape(batch, -1, heads, width // heads).transpose(0, 2, 3, 1)
+    head = width // heads
+    padded = -(-head // 16) * 16
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - head), (0, 0)))
+    return x.reshape(batch * heads, padded, -1)
+
+
+class _Results(NamedTuple):
+    """What the kernel writes; gradients None where only the loss is wanted."""
+
+    divergence: Any  # G 1 L
+    a: Any = None  # G Ks L
+    """Gradient of the rows' array."""
+    b: Any = None  # G Ks L
+    """Gradient of the keys' array."""
+
+
+def _run(arrays: _Inputs, kernel: _Kernel, *, wanted: Wanted) -> _Results:
+    """Returns divergences and gradients, one block of rows of one head a program."""
+    (folded, head_teacher, length), head = arrays.a_teacher.shape, arrays.a_student.shape[1]
+    tile, heads = kernel.tile, kernel.heads
+
+    def rows(lines: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, lines, tile), lambda g, i: (g, 0, i))
+
+    def keys(lines: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, lines, length), lambda g, i: (g, 0, 0))
+
+    of_rows = pl.BlockSpec((1, 1, tile), lambda g, i: (jax.lax.div(g, heads), 0, i))
+    shape = partial(_output, like=arrays)
+    outputs = [(shape((folded, 1, length)), rows(1))]
+    if wanted == "loss and gradients":
+        gradient = shape((folded, head, length))
+        outputs += [(gradient, rows(head)), (gradient, keys(head))]
+
+    def body(*references: Any) -> None:
+        inputs = len(_Inputs._fields)
+        _rows(_Inputs(*references[:inputs]), _Results(*references[inputs:]), kernel)
+
+    call = pl.pallas_call(
+        body,
+        grid=(folded, length // tile),
+        in_specs=list(
+            _Inputs(
+                a_teacher=rows(head_teacher),
+                b_teacher=keys(head_teacher),
+                a_student=rows(head),
+                b_student=keys(head),
+                row_segments=of_rows,
+                key_segments=pl.BlockSpec(
+                    (1, length, 1), lambda g, i: (jax.lax.div(g, heads), 0, 0)
+                ),
+                weights=of_rows,
+            )
+        ),
+        out_specs=[spec for _, spec in outputs],
+        out_shape=[shape for shape, _ in outputs],
+        interpret=kernel.interpret,
+        # The blocks of a head add to one gradient of the keys.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="relation_rows",
+    )
+    return _Results(*call(*arrays))
+
+
+def _rows(arrays: _Inputs, results: _Results, kernel: _Kernel) -> None:
+    """Writes what one block of rows of one head gives."""
+    tile, product = kernel.tile, partial(_product, kernel=kernel)
+    a_teacher, a_student = arrays.a_teacher[0], arrays.a_student[0]
+    row_segments = arrays.row_segments[0]
+    tiles = arrays.b_teacher.shape[-1] // tile
+
+    def logits(index: Array) -> tuple[Array, Array]:
+        at = pl.ds(pl.multiple_of(index * tile, tile), tile)
+        return _logits(
+            (arrays.b_teacher[0, :, at], a_teacher),
+            (arrays.b_student[0, :, at], a_student),
+            arrays.key_segments[0, at, :] == row_segments,
+            kernel,
+        )
+
+    def measure(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Adds a tile of keys to the running maxima, sums and Σ exp(t) (t - s), all shifted."""
+        maximum_teacher, maximum_student, sum_teacher, sum_student, cross = state
+        teacher, student = logits(index)
+        new_teacher = jnp.maximum(maximum_teacher, jnp.max(teacher, axis=0, keepdims=True))
+        new_student = jnp.maximum(maximum_student, jnp.max(student, axis=0, keepdims=True))
+        moved_teacher, moved_student = maximum_teacher - new_teacher, maximum_student - new_student
+        teacher, student = teacher - new_teacher, student - new_student
+        exp_teacher = jnp.exp(teacher)
+        cross = (cross + sum_teacher * (moved_teacher - moved_student)) * jnp.exp(moved_teacher)
+        return (
+            new_teacher,
+            new_student,
+            sum_teacher * jnp.exp(moved_teacher) + jnp.sum(exp_teacher, axis=0, keepdims=True),
+            sum_student * jnp.exp(moved_student) + jnp.sum(jnp.exp(student), axis=0, keepdims=True),
+            cross + jnp.sum(exp_teacher * (teacher - student), axis=0, keepdims=True),
+        )
+
+    nothing = jnp.zeros(row_segments.shape, jnp.float32)
+    lowest = jnp.full(row_segments.shape, MASKED, jnp.float32)
+    maximum_teacher, maximum_student, sum_teacher, sum_student, cross = jax.lax.fori_loop(
+        0, tiles, measure, (lowest, lowest, nothing, nothing, nothing)
+    )
+    log_teacher, log_student = jnp.log(sum_teacher), jnp.log(sum_student)
+    results.divergence[0] = cross / sum_teacher - log_teacher + log_student
+    if results.a is None:
+        return
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        results.b[...] = jnp.zeros(results.b.shape, jnp.float32)
+
+    weight = arrays.weights[0] * kernel.scale_student
+
+    def add(index: Array, gradient: Array) -> Array:
+        at = pl.ds(pl.multiple_of(index * tile, tile), tile)
+        teacher, student = logits(index)
+        slope = jnp.exp(student - maximum_student) * (weight / sum_student)
+        slope -= jnp.exp(teacher - maximum_teacher) * (weight / sum_teacher)
+        results.b[0, :, at] += product("kq,lq->kl", a_student, slope)
+        return gradient + product("kl,lq->kq", arrays.b_student[0, :, at], slope)
+
+    results.a[0] = jax.lax.fori_loop(0, tiles, add, jnp.zeros(a_student.shape, jnp.float32))
+
+
+def _logits(
+    teacher: tuple[Float[Array, "Kt l"], Float[Array, "Kt q"]],
+    student: tuple[Float[Array, "Ks l"], Float[Array, "Ks q"]],
+    allowed: Bool[Array, "l q"],
+    kernel: _Kernel,
+) -> tuple[Float[Array, "l q"], Float[Array, "l q"]]:
+    """Returns the masked logits of a tile of both models, from (keys, rows) of each."""
+    logits = _product("kl,kq->lq", *teacher, kernel=kernel) * kernel.scale_teacher
+    logits_student = _product("kl,kq->lq", *student, kernel=kernel) * kernel.scale_student
+    return jnp.where(allowed, logits, MASKED), jnp.where(allowed, logits_student, MASKED)
+
+
+def _product(equation: str, x: Array, y: Array, *, kernel: _Kernel) -> Array:
+    """Returns the matrix product in fp32."""
+    if x.dtype != y.dtype:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    left, right = equation.split("->")[0].split(",")
+    shared = (set(left) & set(right)).pop()
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((left.index(shared),), (right.index(shared),)), ((), ())),
+        precision=kernel.precision if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _output(shape: tuple[int, ...], *, like: _Inputs) -> jax.ShapeDtypeStruct:
+    """Returns the type of an fp32 output that varies over the mapped axes of the inputs."""
+    return jax.eval_shape(lambda arrays: zeros_like_any(shape, like=arrays), like)
