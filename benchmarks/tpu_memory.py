@@ -21,8 +21,9 @@ import jax
 from minilm_jax.cli import load_experiment
 from minilm_jax.jobs.distill import ChainConfig, DistillConfig
 from minilm_jax.jobs.plan import make_plan
+from minilm_jax.train.described import tpu_devices
 from minilm_jax.train.devices import Devices, Lift
-from minilm_jax.train.hardware import GIB, tpu_devices
+from minilm_jax.train.hardware import GIB
 from minilm_jax.train.run_folder import write_json
 
 ROOT = Path(__file__).parents[1] / "experiments"

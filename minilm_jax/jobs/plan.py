@@ -1,12 +1,13 @@
 """The plan job: what a run needs and takes, before anything is spent on it.
 
-For a TPU slice the run's own step is compiled ahead of time for that slice, which needs no TPU: the
-memory is what the compiler assigned. Time is an estimate:
+For a TPU slice, or for GPUs, the run's own step is compiled ahead of time for those devices, which
+need not be there: the memory is what the compiler assigned. Time is an estimate:
 
     step = max(FLOPs / (efficiency · peak), bytes / bandwidth) + 2 · gradient bytes / interconnect
 
 for one device, where FLOPs are those of the matrix products and bytes what XLA says the step reads
-and writes (a loop's body once, so a lower bound). Input, checkpoints and evaluation are not in it.
+and writes (a loop's body once, so a lower bound; nothing for GPUs that are not there). Input,
+checkpoints and evaluation are not in it.
 """
 
 import dataclasses
@@ -33,8 +34,9 @@ from minilm_jax.jobs.distill import (
     needed_params,
     step_flops,
 )
+from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.hardware import GIB, known_chip, memory_limit, tpu_devices
+from minilm_jax.train.hardware import GIB, known_chip, memory_limit
 from minilm_jax.train.optimizer import make_optimizer
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
@@ -47,7 +49,7 @@ class PlanConfig:
     run: Annotated[DistillConfig | ChainConfig, tyro.conf.arg(name="")]
     """The run, or the chain of two."""
     hardware: str = "local"
-    """local, or a TPU slice that need not be there: tpu-v5e-256, tpu-v4-256, tpu-v5p:2x2x2."""
+    """local, or what need not be there: tpu-v5e-256, tpu-v4-256, tpu-v5p:2x2x2, gpu-h100-8."""
     efficiency: float = 0.4
     """Share of the peak the matrix products are assumed to reach; not measured on your hardware."""
 
@@ -116,7 +118,7 @@ def run(config: PlanConfig, *, say: Callable[[str], None] = print) -> tuple[Plan
       ConfigError: the settings contradict each other, or the hardware is not known.
     """
     local = config.hardware == "local"
-    found = None if local else tpu_devices(config.hardware)
+    found = None if local else described_devices(config.hardware)
     stages = config.run.stages() if isinstance(config.run, ChainConfig) else (config.run,)
     plans = []
     for stage in stages:

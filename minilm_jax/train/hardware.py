@@ -1,16 +1,12 @@
-"""What is known of an accelerator, and the slices of TPUs a program can be compiled for."""
+"""What is known of an accelerator: its peak, its memory, its name in JAX."""
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-
-from minilm_jax.errors import ConfigError
 
 GIB = 1 << 30
 
@@ -38,7 +34,7 @@ CHIPS = {
 """Google's published figures a chip; v4 and v5p join their two cores to one device."""
 KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 """JAX's name of a device -> ours."""
-_NVIDIA = {
+NVIDIA = {
     "V100-SXM2-16GB": Chip(flops=125e12, memory=16 * GIB, bandwidth=0.9e12, interconnect=300e9),
     "V100-SXM2-32GB": Chip(flops=125e12, memory=32 * GIB, bandwidth=0.9e12, interconnect=300e9),
     "A100-SXM4-40GB": Chip(flops=312e12, memory=40 * GIB, bandwidth=1.555e12, interconnect=600e9),
@@ -53,19 +49,6 @@ _NVIDIA = {
 }
 """NVIDIA's data sheets, without sparsity, by what follows the maker in JAX's name of a device. V100
 has no bfloat16: its peak is that of float16."""
-_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_CUBIC = {
-    8: "2x2x1",
-    16: "2x2x2",
-    32: "2x2x4",
-    64: "2x4x4",
-    128: "4x4x4",
-    256: "4x4x8",
-    512: "4x8x8",
-    1024: "8x8x8",
-    2048: "8x8x16",
-}
-"""Cloud TPU counts cores here, two a chip."""
 
 
 def known_chip(device: Any) -> Chip | None:
@@ -73,7 +56,7 @@ def known_chip(device: Any) -> Chip | None:
     kind = device.device_kind
     if kind in KINDS:
         return CHIPS[KINDS[kind]]
-    return _NVIDIA.get(kind.removeprefix("NVIDIA ").removeprefix("Tesla "))
+    return NVIDIA.get(kind.removeprefix("NVIDIA ").removeprefix("Tesla "))
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
@@ -90,58 +73,6 @@ def peak_memory(devices: Sequence[Any]) -> int | None:
             statistics = device.memory_stats() or {}
             peaks.append(statistics.get("peak_bytes_in_use", 0))
     return max(peaks, default=0) or None
-
-
-def parse_slice(name: str) -> tuple[str, str]:
-    """Returns (generation, topology) of a slice: "tpu-v5e-256" is ("v5e", "16x16").
-
-    Numbers are those of Cloud TPU: chips of v5e and v6e, cores (two a chip) of v4 and v5p. A
-    topology may be written out instead, as in "tpu-v4:4x4x8".
-    """
-    match = re.fullmatch(r"tpu-(v\w+?)(?:-(\d+)|:(\d+x\d+(?:x\d+)?))", name)
-    if match is None or match[1] not in CHIPS:
-        known = ", ".join(f"tpu-{generation}-256" for generation in CHIPS)
-        raise ConfigError(
-            f"hardware {name!r} is not known; give local, or a slice such as {known} or "
-            "tpu-v4:4x4x8"
-        )
-    generation, count, topology = match[1], match[2], match[3]
-    if topology:
-        return generation, topology
-    sizes = _FLAT if generation in ("v5e", "v6e") else _CUBIC
-    if int(count) not in sizes:
-        raise ConfigError(
-            f"hardware {name!r}: {generation} has slices of {', '.join(map(str, sizes))}; write "
-            f"any other topology out, as in tpu-{generation}:{next(iter(sizes.values()))}"
-        )
-    return generation, sizes[int(count)]
-
-
-def tpu_devices(name: str) -> list[Any]:
-    """Returns the devices of a slice that is not there: programs can be compiled for them.
-
-    Raises:
-      ConfigError: libtpu, which holds the compiler, is not installed, or knows no such slice.
-    """
-    from jax.experimental import topologies
-
-    generation, topology = parse_slice(name)
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"compiling for {name} needs libtpu: pip install 'jax[tpu]'")
-    # Without a chip libtpu would ask the cloud's metadata server for one, for minutes; and the
-    # compiler, unlike a chip, may be used by several processes.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # By default a v4's cores are two devices; a real one shows one.
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
-    try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{generation}:{topology}", **options
-        )
-    except Exception as error:
-        line = str(error).strip().partition("\n")[0][:200]
-        raise ConfigError(f"libtpu cannot compile for {name}: {line}") from None
-    return list(described.devices)
 
 
 def memory_limit(device: Any) -> int | None:

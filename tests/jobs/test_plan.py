@@ -13,8 +13,9 @@ from minilm_jax.cli import load_experiment, parse
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import plan
 from minilm_jax.jobs.plan import Memory, Plan, PlanConfig
+from minilm_jax.train import described
+from minilm_jax.train.described import parse_slice
 from minilm_jax.train.flops import count_flops
-from minilm_jax.train.hardware import parse_slice
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 needs_libtpu = pytest.mark.skipif(
@@ -63,6 +64,18 @@ def test_a_slice_is_named_as_cloud_tpu_names_it(name, expected):
 def test_unknown_hardware_is_refused_with_what_is_known(name):
     with pytest.raises(ConfigError, match=r"hardware '.*tpu-v"):
         parse_slice(name)
+
+
+@pytest.mark.parametrize("name", ["gpu-h100", "gpu-k80-8", "gpu-h100-0", "gpu-h100-12"])
+def test_unknown_gpus_are_refused_with_what_is_known(name):
+    with pytest.raises(ConfigError, match=r"hardware '.*gpu-h100-8"):
+        described.described_devices(name)
+
+
+def test_gpus_need_their_compiler(monkeypatch):
+    monkeypatch.setattr(described, "_has_cuda_plugin", lambda: False)
+    with pytest.raises(ConfigError, match="pip install jax"):
+        described.described_devices("gpu-h100-8")
 
 
 @pytest.mark.parametrize("lift,fsdp", [("pmap", 1), ("mesh", 4)])
@@ -176,4 +189,21 @@ def test_a_published_recipe_compiles_for_a_pod_and_fits(name, hardware, lift, fs
     assert found.devices == {"tpu-v5e-256": 256, "tpu-v4-256": 128}[hardware]
     assert found.fits
     assert 0 < found.memory.temporary < 8 << 30
+    assert found.seconds_a_step > 0
+
+
+@pytest.mark.skipif(
+    not described._has_cuda_plugin(),
+    reason="compiling for a GPU needs its compiler, some gigabytes: pip install jax[cuda13]",
+)
+@pytest.mark.usefixtures("no_program_cache")
+@pytest.mark.parametrize("lift,fsdp", [("pmap", 1), ("mesh", 4)])
+def test_a_published_recipe_compiles_for_gpus_and_fits(lift, fsdp):
+    """The real step, kernels included, to machine code; no GPU is here."""
+    config = train(experiment("minilm_v2/bert_base_6x384.py"), lift=lift, fsdp=fsdp)
+    (found,), _ = planned(config, hardware="gpu-h100-8")
+    assert found.devices == 8
+    assert found.fits
+    # The logits of one layer of the teacher alone would be 0.4 GiB.
+    assert 0 < found.memory.temporary < 2 << 30
     assert found.seconds_a_step > 0
