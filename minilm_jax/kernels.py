@@ -42,6 +42,19 @@ def mesh_platform() -> str | None:
     return None if device is None else str(device.platform)
 
 
+def fits_gpu(*, length: int, head: int, dtype: DTypeLike) -> bool:
+    """Returns whether a GPU's kernels suit rows of this length and heads of this width.
+
+    Several tiles of a head have to fit the shared memory of a block, 99 KiB where it is smallest.
+    """
+    return length >= TILE and fill_up_head(head) * jnp.dtype(dtype).itemsize <= 256
+
+
+def fill_up_head(head: int) -> int:
+    """Returns the width that a GPU's kernels give a head: a power of two, 16 at least."""
+    return max(16, 1 << (head - 1).bit_length())
+
+
 def pad_tokens(x: Array, *, axis: int = 1, with_value: int = 0) -> Array:
     """Returns the array with its tokens padded to whole tiles."""
     widths = [(0, 0)] * x.ndim

@@ -1,6 +1,5 @@
 """A GPU that is not there: programs can be lowered for it, kernels included."""
 
-import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,7 +19,5 @@ def gpus_in_context(count: int = 1) -> AbstractContextManager[Any]:
 
 def lowered_for_cuda(function: Any, *arguments: Any, count: int = 1) -> str:
     """Returns the program as JAX hands it to the compiler for that many GPUs."""
-    with gpus_in_context(count), warnings.catch_warnings():
-        # Of jax 0.12; the range of versions in setup.cfg ends before it goes.
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+    with gpus_in_context(count):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

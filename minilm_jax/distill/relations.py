@@ -23,10 +23,10 @@ from minilm_jax.distill.relations_blocked import (
     blocked_sums,
     choose_block,
 )
-from minilm_jax.distill.relations_gpu import fits_gpu, gpu_sums
+from minilm_jax.distill.relations_gpu import gpu_sums
 from minilm_jax.distill.relations_tpu import fits_tpu, tpu_sums
 from minilm_jax.errors import ConfigError
-from minilm_jax.kernels import kernels_can_run
+from minilm_jax.kernels import fits_gpu, kernels_can_run
 from minilm_jax.rows import sum_over_rows
 
 Implementation = Literal["auto", "reference", "blocked", "pallas"]
@@ -222,12 +222,14 @@ def _sums(
     block = choose_block(batch=batch, length=length, heads=heads, elements=2**24)
     large = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
     widest = max(teacher[0].shape[-1], student[0].shape[-1]) // heads
-    suited = kernels_can_run()
+    dtype = jnp.result_type(*teacher, *student)
+    tpu_suits = fits_tpu(length=length, widest=widest) and kernels_can_run()
+    gpu_suits = fits_gpu(length=length, head=widest, dtype=dtype) and kernels_can_run()
     return jax.lax.platform_dependent(
         *arrays,
         cpu=cached,
-        tpu=on_tpu if suited and fits_tpu(length=length, widest=widest) else large,
-        cuda=on_gpu if suited and fits_gpu(length=length, widest=widest) else large,
+        tpu=on_tpu if tpu_suits else large,
+        cuda=on_gpu if gpu_suits else large,
         default=large,
     )
 

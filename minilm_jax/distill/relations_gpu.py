@@ -9,7 +9,6 @@ B batch, L tokens, R relation heads, K width of one (Kt, Ks); q rows and l keys 
 at a time.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +25,16 @@ from minilm_jax.distill.relations_blocked import (
     Wanted,
     products_precision,
 )
-from minilm_jax.kernels import LN_2, MASKED, TILE, Output, Side, pad_tokens, run_on_gpu
+from minilm_jax.kernels import (
+    LN_2,
+    MASKED,
+    TILE,
+    Output,
+    Side,
+    fill_up_head,
+    pad_tokens,
+    run_on_gpu,
+)
 
 
 class _Problem(NamedTuple):
@@ -62,11 +70,6 @@ class _OfRows(NamedTuple):
     """Logarithm to base 2 of a row's sum of exponentials."""
     log_student: Any = None  # q
     of_a: Any = None  # q Ks
-
-
-def fits_gpu(*, length: int, widest: int) -> bool:
-    """Returns whether the kernels suit a length, and heads of either model up to the widest."""
-    return length >= TILE and widest <= 128
 
 
 def gpu_sums(
@@ -149,7 +152,7 @@ def _fill_up(
     """
     batch, length, width = x.shape
     x = jnp.where(segments[..., None] > 0, x, 0).reshape(batch, length, heads, width // heads)
-    missing = max(16, 2 ** math.ceil(math.log2(width // heads))) - width // heads
+    missing = fill_up_head(width // heads) - width // heads
     x = jnp.pad(x, ((0, 0), (0, -length % TILE), (0, 0), (0, missing)))
     return x.reshape(batch, x.shape[1], -1)
 

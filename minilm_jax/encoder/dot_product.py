@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minilm_jax.encoder.config import Attention
-from minilm_jax.encoder.dot_product_gpu import fits_gpu, gpu_backward, gpu_forward
+from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import kept
-from minilm_jax.kernels import kernels_can_run, mesh_platform
+from minilm_jax.kernels import fill_up_head, fits_gpu, kernels_can_run, mesh_platform
 from minilm_jax.rows import map_over_rows
 
 FORWARD_ELEMENTS = 2**23
@@ -121,10 +121,12 @@ def _implemented(
     heads, rate, implementation = settings
     plain = partial(plain, heads=heads, rate=rate)
     _, length, width = arrays[0].shape
+    head = width // heads
     if (
         implementation == "plain"
         or not isinstance(length, int)  # a symbol, in a program to export
-        or not fits_gpu(length=length, width=width, heads=heads)
+        or fill_up_head(head) != head
+        or not fits_gpu(length=length, head=head, dtype=arrays[0].dtype)
         or not kernels_can_run()
     ):
         return plain(*arrays)

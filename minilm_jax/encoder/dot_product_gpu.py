@@ -75,11 +75,6 @@ class _OfRows(NamedTuple):
     shared: Any  # q
 
 
-def fits_gpu(*, length: int, width: int, heads: int) -> bool:
-    """Returns whether the kernels suit a shape: a tile of tokens, heads that fit registers."""
-    return length >= TILE and width // heads in (16, 32, 64, 128)
-
-
 def gpu_forward(
     query: Float[Array, "B L D"],
     key: Float[Array, "B L D"],

@@ -24,7 +24,6 @@ _CUBIC = {
     2048: "8x8x16",
 }
 """Cloud TPU counts cores here, two a chip."""
-_GPUS_A_HOST = 8
 
 
 def described_devices(name: str) -> list[Any]:
@@ -123,12 +122,11 @@ def gpu_devices(name: str) -> list[Any]:
 
     match = re.fullmatch(r"gpu-(\w+)-(\d+)", name)
     count = int(match[2]) if match else 0
-    hosts = -(-count // _GPUS_A_HOST)
-    if match is None or match[1] not in _GPUS or not count or count % hosts:
+    hosts = max(1, -(-count // 8))
+    if match is None or match[1] not in _GPUS or count not in (*range(1, 8), 8 * hosts):
         known = ", ".join(f"gpu-{gpu}-8" for gpu in _GPUS)
         raise ConfigError(
-            f"hardware {name!r} is not known; give GPUs as in {known}, a multiple of "
-            f"{_GPUS_A_HOST} where there are more than {_GPUS_A_HOST}"
+            f"hardware {name!r} is not known; give GPUs as in {known}: up to 8, or hosts of 8"
         )
     if not _has_cuda_plugin():
         raise ConfigError(

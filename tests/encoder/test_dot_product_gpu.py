@@ -10,8 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_me
 
 from minilm_jax.encoder import dot_product
 from minilm_jax.encoder.dot_product import dot_product_attention
-from minilm_jax.encoder.dot_product_gpu import fits_gpu, gpu_backward, gpu_forward
+from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import row_words
+from minilm_jax.kernels import fits_gpu
 from tests.described_gpu import KERNEL_CALL, lowered_for_cuda
 
 
@@ -174,5 +175,8 @@ def test_on_a_mesh_each_device_attends_to_its_own_rows(monkeypatch):
 
 def test_shapes_of_published_models_suit_the_kernels():
     for width, heads in ((384, 12), (768, 12), (1024, 16)):
-        assert fits_gpu(length=128, width=width, heads=heads)
-    assert not fits_gpu(length=8, width=384, heads=12)
+        assert fits_gpu(length=128, head=width // heads, dtype=jnp.float32)
+    assert not fits_gpu(length=8, head=32, dtype=jnp.bfloat16)
+    # An L4 gives a block 99 KiB of shared memory: the compiler refuses these there.
+    assert fits_gpu(length=128, head=128, dtype=jnp.bfloat16)
+    assert not fits_gpu(length=128, head=128, dtype=jnp.float32)
