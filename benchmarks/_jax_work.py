@@ -14,7 +14,7 @@ from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import load_tokenizer
 from minilm_jax.distill.objectives import minilmv2
-from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.config import Attention, Compute, EncoderConfig
 from minilm_jax.encoder.encoder import encode, init_params
 from minilm_jax.encoder.heads import pool
 from minilm_jax.jobs.distill import needed_params
@@ -51,6 +51,7 @@ def distillation_step(
     *,
     checked: bool = True,
     devices: Devices | None = None,
+    attention: Attention = "auto",
 ) -> Work:
     """Returns the step that `minilm-jax distill` runs, wired as the job wires it.
 
@@ -59,6 +60,7 @@ def distillation_step(
       batches: one step is run on each, instead of one step on a full batch.
       checked: whether the loss is to be compared with that of other peers.
       devices: to run on; one where absent.
+      attention: see `Compute`.
     """
     assert setting.teacher is not None
     teacher, student = read_model(setting.teacher), read_model(setting.student)
@@ -68,7 +70,9 @@ def distillation_step(
         student_layer=student.config.num_hidden_layers,
     )
     work = _training(
-        objective.make_loss(teacher.config, student.config, Compute(dtype=setting.dtype)),
+        objective.make_loss(
+            teacher.config, student.config, Compute(dtype=setting.dtype, attention=attention)
+        ),
         student,
         needed_params(teacher, objective),
         batches or [full_batch(setting)],

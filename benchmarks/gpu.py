@@ -93,6 +93,9 @@ def measured(setting: Setting, *, flops: int, budget: float) -> list[str]:
     torch_step = partial(_torch_work.distillation_step, setting, style="vectorised")
     peers = {
         OURS: partial(_jax_work.distillation_step, setting),
+        f"{OURS}, attention plain": partial(
+            _jax_work.distillation_step, setting, attention="plain"
+        ),
         "PyTorch, vectorised": partial(torch_step, compiled=False),
         "PyTorch, vectorised, torch.compile": partial(torch_step, compiled=True),
     }

@@ -74,7 +74,7 @@ def test_unknown_gpus_are_refused_with_what_is_known(name):
 
 def test_gpus_need_their_compiler(monkeypatch):
     monkeypatch.setattr(described, "_has_cuda_plugin", lambda: False)
-    with pytest.raises(ConfigError, match="pip install .jax.cuda13"):
+    with pytest.raises(ConfigError, match=r"pip install .jax.cuda13"):
         described.described_devices("gpu-h100-8")
 
 
