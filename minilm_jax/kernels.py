@@ -1,6 +1,7 @@
 """What Pallas kernels share: where they can run, and what a program on a GPU sees of an array."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-AMPERE = 8.0
-"""Compute capability; Pallas's kernels for NVIDIA need it, V100 has 7."""
+AMPERE = 8
+"""Compute capability from which Pallas's kernels for NVIDIA run; V100 has 7."""
 TILE = 64
 """Tokens that a program on a GPU meets at a time."""
 MASKED = -1e30
@@ -32,8 +33,9 @@ def kernels_can_run() -> bool:
         whole = jax.device_count() == 1
     else:
         whole = mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
-    device = jax.devices()[0]
-    return whole and float(getattr(device, "compute_capability", None) or AMPERE) >= AMPERE
+    # "7.5" of NVIDIA's; AMD's "gfx90a" is no number, and its platform has no kernels here.
+    capability = re.match(r"\d+", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return whole and (capability is None or int(capability[0]) >= AMPERE)
 
 
 def mesh_platform() -> str | None:
