@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +21,29 @@ MASKED = -1e30
 LN_2 = math.log(2)
 
 
-def kernels_can_run() -> bool:
-    """Returns whether the arrays being traced are one device's, and it is not too old a GPU.
+def kernels_can_run(platform: Literal["gpu", "tpu"]) -> bool:
+    """Returns whether the arrays being traced are those of one device, and of one that takes them.
 
     They are one device's under pmap and shard_map (`rows.py` included). In a jit over several
-    devices XLA would have to divide a kernel among them, which it refuses. A device that is only
+    devices XLA would have to divide a kernel among them, which it refuses. A GPU that is only
     described, as when compiling for one that is not there, is taken to be new enough.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, local = jax.sharding.get_abstract_mesh(), jax.devices()[0]
     if mesh.empty:
         whole = jax.device_count() == 1
     else:
         whole = mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
-    # "7.5" of NVIDIA's; AMD's "gfx90a" is no number, and its platform has no kernels here.
-    capability = re.match(r"\d+", str(getattr(jax.devices()[0], "compute_capability", "")))
-    return whole and (capability is None or int(capability[0]) >= AMPERE)
+    described = mesh.abstract_device
+    if described is not None and described.device_kind != local.device_kind:
+        return whole and described.platform == platform
+    # "7.5" of NVIDIA's; AMD's "gfx90a" has none.
+    capability = re.match(r"\d+", str(getattr(local, "compute_capability", "")))
+    new = platform == "tpu" or (capability is not None and int(capability[0]) >= AMPERE)
+    return whole and local.platform == platform and new
 
 
 def mesh_platform() -> str | None:
-    """Returns the platform of the mesh in context; None without one, and under pmap."""
+    """Returns the platform of the mesh in context, None where there is none."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else str(device.platform)
 

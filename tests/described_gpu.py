@@ -6,13 +6,14 @@ from typing import Any
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+KIND = "NVIDIA H100 80GB HBM3"
 KERNEL_CALL = "xla.gpu.triton"
 """Of a kernel in a program, by any name."""
 
 
 def gpus_in_context(count: int = 1) -> AbstractContextManager[Any]:
     """Puts a mesh of described GPUs in context, as train/devices.py does with real ones."""
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    device = AbstractDevice(device_kind=KIND, num_cores=132, platform="gpu")
     mesh = AbstractMesh((count,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     return use_abstract_mesh(mesh)
 

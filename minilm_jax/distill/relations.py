@@ -223,15 +223,12 @@ def _sums(
     large = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
     widest = max(teacher[0].shape[-1], student[0].shape[-1]) // heads
     dtype = jnp.result_type(*teacher, *student)
-    tpu_suits = fits_tpu(length=length, widest=widest) and kernels_can_run()
-    gpu_suits = fits_gpu(length=length, head=widest, dtype=dtype) and kernels_can_run()
-    return jax.lax.platform_dependent(
-        *arrays,
-        cpu=cached,
-        tpu=on_tpu if tpu_suits else large,
-        cuda=on_gpu if gpu_suits else large,
-        default=large,
-    )
+    kernels = {}
+    if fits_tpu(length=length, widest=widest) and kernels_can_run("tpu"):
+        kernels["tpu"] = on_tpu
+    if fits_gpu(length=length, head=widest, dtype=dtype) and kernels_can_run("gpu"):
+        kernels["cuda"] = on_gpu
+    return jax.lax.platform_dependent(*arrays, cpu=cached, default=large, **kernels)
 
 
 def split_heads(x: Float[Array, "B L D"], heads: int) -> Float[Array, "B R L K"]:

@@ -87,7 +87,7 @@ def blocked_sums(
             jnp.repeat(weights, block.heads, axis=0),
             rows=block.rows,
             row_blocks=row_blocks,
-            precision=products_precision(student[0]),
+            precision=products_precision(*teacher, *student),
             wanted=wanted,
         )
         per_head = found.per_head.reshape(batch, block.heads).sum(axis=0)
@@ -204,10 +204,10 @@ def _merge_heads(x: Float[Array, "G L K"], batch: int) -> Float[Array, "B L D"]:
     return x.reshape(batch, length, -1)
 
 
-def products_precision(x: Array) -> jax.lax.Precision:
+def products_precision(*arrays: Array) -> jax.lax.Precision:
     """Returns the precision in which products of upcast inputs lose nothing.
 
     A product of two bf16 or fp16 numbers is exact in one pass of a matrix unit; fp32 needs more.
     """
-    full = x.dtype == jnp.float32
+    full = any(x.dtype == jnp.float32 for x in arrays)
     return jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT

@@ -96,7 +96,7 @@ def gpu_sums(
         scale_teacher=(teacher[0].shape[-1] // heads) ** -0.5 / LN_2,
         scale_student=head**-0.5 / LN_2,
         tiles=padded // TILE,
-        precision=products_precision(student[0]),
+        precision=products_precision(*teacher, *student),
     )
     run = partial(run_on_gpu, grid=(problem.tiles, heads, batch), interpret=interpret)
 

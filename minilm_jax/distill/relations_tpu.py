@@ -92,7 +92,7 @@ def tpu_sums(
         tile=tile,
         scale_teacher=1 / math.sqrt(teacher[0].shape[-1] // heads),
         scale_student=1 / math.sqrt(width // heads),
-        precision=products_precision(student[0]),
+        precision=products_precision(*teacher, *student),
         interpret=interpret,
     )
     found = _run(arrays, kernel, wanted=wanted)

@@ -124,10 +124,10 @@ def _implemented(
     head = width // heads
     if (
         implementation == "plain"
-        or not isinstance(length, int)  # a symbol, in a program to export
+        or not all(isinstance(size, int) for size in arrays[0].shape)  # symbols, in an export
         or fill_up_head(head) != head
         or not fits_gpu(length=length, head=head, dtype=arrays[0].dtype)
-        or not kernels_can_run()
+        or not kernels_can_run("gpu")
     ):
         return plain(*arrays)
     kernel = partial(kernel, heads=heads, rate=rate)

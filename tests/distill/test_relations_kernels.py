@@ -1,6 +1,6 @@
 """The kernels: right when interpreted, and accepted by both compilers without the device.
 
-The properties of the loss are held for `pallas` too in test_relations.py.
+The properties of the loss are held for `pallas`, a TPU's kernel there, in test_relations.py too.
 """
 
 import importlib.util
@@ -57,6 +57,37 @@ def test_kernels_are_the_reference(sums, length, teacher_width, student_width):
         (expected, *pull(cotangent)[0]),
     )
     assert_close(jax.jit(partial(call, wanted="loss"))().per_head, expected)
+
+
+@pytest.mark.parametrize("sums", [tpu_sums, gpu_sums])
+@pytest.mark.parametrize("types", ["bf16 bf16", "fp32 bf16", "bf16 fp32", "fp32 fp32"])
+def test_any_dtype_large_logits_and_whatever_stands_in_the_padding(sums, types):
+    """A document absent from the first tile, NaN in padding, a row of padding only."""
+    dtypes = [{"bf16": jnp.bfloat16, "fp32": jnp.float32}[x] for x in types.split()]
+    teacher, student = models(3, 300, teacher_width=128, student_width=64, scale=8)
+    segments = jnp.asarray([[1] * 140 + [2] * 150 + [0] * 10, [1] * 20 + [0] * 280, [0] * 300])
+    weights = row_weights(segments)
+    teacher, student = (
+        tuple(x.astype(dtype) for x in model)
+        for model, dtype in zip((teacher, student), dtypes, strict=True)
+    )
+
+    def plain(student):
+        return reference_per_head(teacher, student, segments=segments, weights=weights, heads=4)
+
+    exact = tuple(x.astype(jnp.float32) for x in student)
+    expected, pull = jax.vjp(jax.jit(plain), exact)
+    gradients = pull(jnp.ones(4))[0]
+    hidden = segments[..., None] == 0
+    teacher, student = (
+        tuple(jnp.where(hidden, jnp.nan, x) for x in model) for model in (teacher, student)
+    )
+    call = partial(sums, teacher, student, segments, weights, heads=4, interpret=True)
+    found = jax.jit(partial(call, wanted="loss and gradients"))()
+    for ours, theirs in zip(
+        (found.per_head, found.a, found.b), (expected, *gradients), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 def program(dtype, *, batch, length, heads, implementation):
