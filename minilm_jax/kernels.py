@@ -146,13 +146,3 @@ def zeros_like_any(shape: tuple[int, ...], *, like: object) -> Array:
         jnp.where(False, x[(0,) * x.ndim].astype(jnp.float32), 0.0) for x in jax.tree.leaves(like)
     ]
     return jnp.broadcast_to(sum(never, start=jnp.float32(0)), shape)
-
-
-def own_tokens(size: int) -> Array:
-    """Returns the indices, int32 [size], of the tokens of the program's own block."""
-    return pl.program_id(0) * size + jnp.arange(size, dtype=jnp.int32)
-
-
-def tile_tokens(index: Array) -> Array:
-    """Returns the indices, int32 [TILE], of the tokens of a tile."""
-    return index * TILE + jnp.arange(TILE, dtype=jnp.int32)

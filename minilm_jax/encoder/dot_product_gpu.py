@@ -25,10 +25,8 @@ from minilm_jax.kernels import (
     TILE,
     Output,
     Side,
-    own_tokens,
     pad_tokens,
     run_on_gpu,
-    tile_tokens,
 )
 
 
@@ -158,7 +156,7 @@ def _forward(problem: _Problem, *references: Any) -> None:
     """Writes the mixed values of a block of rows of one head, and the logarithms of its totals."""
     inputs, (mixed, log_total) = _References(*references[:-2]), references[-2:]
     query, segments = inputs.query[...], inputs.row_segments[...]
-    rows, keep = own_tokens(query.shape[0]), _keeper(problem, inputs.words)
+    rows, keep = _own_tokens(query.shape[0]), _keeper(problem, inputs.words)
 
     def add(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         peak, total, sums = state
@@ -170,7 +168,7 @@ def _forward(problem: _Problem, *references: Any) -> None:
         weights, shrink = jnp.exp2(logits - higher[:, None]), jnp.exp2(peak - higher)
         total = total * shrink + weights.sum(axis=1)
         if problem.rate:
-            weights = jnp.where(keep(rows[:, None], tile_tokens(index)[None, :]), weights, 0.0)
+            weights = jnp.where(keep(rows[:, None], _tile_tokens(index)[None, :]), weights, 0.0)
         value = inputs.value[at, :]
         sums = sums * shrink[:, None] + _product(weights.astype(value.dtype), value)
         return higher, total, sums
@@ -186,7 +184,7 @@ def _backward_rows(problem: _Problem, *references: Any) -> None:
     """Writes the gradient of a block of one head's queries."""
     inputs, of_rows = _References(*references[:6]), _OfRows(*references[6:-1])
     query, segments = inputs.query[...], inputs.row_segments[...]
-    rows, keep = own_tokens(TILE), _keeper(problem, inputs.words)
+    rows, keep = _own_tokens(TILE), _keeper(problem, inputs.words)
     cotangent, log_total, shared = (x[...] for x in of_rows)
     log_total /= LN_2
 
@@ -197,7 +195,7 @@ def _backward_rows(problem: _Problem, *references: Any) -> None:
         logits = jnp.where(allowed, _product(query, key.T) * problem.scale, MASKED)
         slopes = _product(cotangent, inputs.value[at, :].T)
         if problem.rate:
-            kept = keep(rows[:, None], tile_tokens(index)[None, :])
+            kept = keep(rows[:, None], _tile_tokens(index)[None, :])
             slopes = jnp.where(kept, slopes / (1 - problem.rate), 0.0)
         of_logits = jnp.exp2(logits - log_total[:, None]) * (slopes - shared[:, None])
         return gradient + _product(of_logits.astype(key.dtype), key)
@@ -211,7 +209,7 @@ def _backward_keys(problem: _Problem, *references: Any) -> None:
     inputs, of_rows = _References(*references[:6]), _OfRows(*references[6:-2])
     key, value = inputs.key[...], inputs.value[...]
     segments = inputs.key_segments[...]
-    keys, keep = own_tokens(TILE), _keeper(problem, inputs.words)
+    keys, keep = _own_tokens(TILE), _keeper(problem, inputs.words)
 
     def add(index: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         at = pl.ds(index * TILE, TILE)
@@ -221,7 +219,7 @@ def _backward_keys(problem: _Problem, *references: Any) -> None:
         probabilities = jnp.exp2(logits - (of_rows.log_total[at] / LN_2)[None, :])
         slopes, dropped = _product(value, cotangent.T), probabilities
         if problem.rate:
-            kept = keep(tile_tokens(index)[None, :], keys[:, None])
+            kept = keep(_tile_tokens(index)[None, :], keys[:, None])
             dropped, slopes = (
                 jnp.where(kept, x / (1 - problem.rate), 0.0) for x in (probabilities, slopes)
             )
@@ -236,6 +234,16 @@ def _backward_keys(problem: _Problem, *references: Any) -> None:
     of_key, of_value = jax.lax.fori_loop(0, problem.tiles, add, start)
     references[-2][...] = (of_key * (problem.scale * LN_2)).astype(key.dtype)
     references[-1][...] = of_value.astype(key.dtype)
+
+
+def _own_tokens(size: int) -> Array:
+    """Returns the indices, int32 [size], of the tokens of the program's own block."""
+    return pl.program_id(0) * size + jnp.arange(size, dtype=jnp.int32)
+
+
+def _tile_tokens(index: Array) -> Array:
+    """Returns the indices, int32 [TILE], of the tokens of a tile."""
+    return index * TILE + jnp.arange(TILE, dtype=jnp.int32)
 
 
 def _keeper(problem: _Problem, words: Any) -> Callable[[Array, Array], Bool[Array, "..."]]:

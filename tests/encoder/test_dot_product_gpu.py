@@ -12,7 +12,7 @@ from minilm_jax.encoder import dot_product
 from minilm_jax.encoder.dot_product import dot_product_attention
 from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import row_words
-from minilm_jax.kernels import fits_gpu
+from minilm_jax.kernels import fits_gpu, kernels_can_run
 from tests.described_gpu import KERNEL_CALL, KIND, lowered_for_cuda
 
 
@@ -167,12 +167,16 @@ def test_no_kernel_is_traced_where_there_is_no_gpu(monkeypatch):
         lowered_for_cuda(step, *arguments)
 
 
-def test_no_kernel_where_several_devices_arrays_are_one():
-    """A jit over devices that no mesh tells of: XLA would have to divide a kernel."""
-    step, arguments = program()
-    assert jax.device_count() > 1
-    lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert KERNEL_CALL not in lowered.as_text()
+@pytest.mark.parametrize("count", [1, 8])
+def test_no_kernel_where_several_devices_arrays_are_one(count, monkeypatch):
+    """A jit over GPUs that no mesh tells of: XLA would have to divide a kernel."""
+
+    class Gpu:
+        platform, device_kind, compute_capability = "gpu", KIND, "9.0"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()] * count)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    assert kernels_can_run("gpu") == (count == 1)
 
 
 @pytest.mark.parametrize("remat", [False, True])
