@@ -32,8 +32,14 @@ def affine(
     x: Float[Array, "*n D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"], dtype: DTypeLike
 ) -> Float[Array, "*n F"]:
     """Returns x W + b, computed in `dtype`."""
+    return multiply(x, kernel, dtype) + bias.astype(dtype)
+
+
+def multiply(
+    x: Float[Array, "*n D"], kernel: Float[Array, "D F"], dtype: DTypeLike
+) -> Float[Array, "*n F"]:
+    """Returns x W, computed in `dtype`."""
     # One matrix of all tokens. From [B, L, D] XLA's CPU backend would make the kernel's gradient by
     # transposing the output's, which takes up to 2.5 times as long.
-    rows = x.astype(dtype).reshape(-1, x.shape[-1])
-    product = rows @ kernel.astype(dtype) + bias.astype(dtype)
+    product = x.astype(dtype).reshape(-1, x.shape[-1]) @ kernel.astype(dtype)
     return product.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -16,17 +16,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import Attention
 from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import kept
 from minilm_jax.kernels import fill_up_head, fits_gpu, kernels_can_run, mesh_platform
 from minilm_jax.rows import map_over_rows
 
-FORWARD_ELEMENTS = 2**23
-"""Of the logits computed at a time on a CPU; 32 MB, of which two are alive at once."""
+FORWARD_ELEMENTS = 2**20
+"""Of the logits computed at a time on a CPU; 4 MB, of which two are alive at once."""
 
-BACKWARD_ELEMENTS = 2**20
-"""The same for the gradient, which has a handful of them alive."""
+BACKWARD_ELEMENTS = 2**22
+"""The same for the gradient, when most of the memory is that of other layers' activations."""
 
 
 class _Residuals(NamedTuple):
@@ -101,9 +102,10 @@ def _forward(
 def _backward(
     settings: _Settings, residuals: _Residuals, cotangent: Float[Array, "B L D"]
 ) -> tuple[Array, Array, Array, None, None]:
-    # Or the compiler would find the same arithmetic in the forward pass and keep its results.
-    residuals, cotangent = jax.lax.optimization_barrier((residuals, cotangent))
-    arrays = (cotangent, *residuals)
+    # All but the mixed values, which are kept as they are: they are the output layer's input too.
+    mixed = residuals.mixed
+    residuals = not_before(cotangent, residuals._replace(mixed=jnp.zeros(())))
+    arrays = (cotangent, *residuals._replace(mixed=mixed))
     of_query, of_key, of_value = _implemented(settings, _plain_backward, gpu_backward, arrays)
     return of_query, of_key, of_value, None, None
 
@@ -146,12 +148,17 @@ def _plain_forward(
     rate: float,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B H L"]]:
     """Returns the mixed values and the logarithm of each row's total."""
-    scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
-    arrays = (_split_heads(x, heads) for x in (query * scale, key, value))
     rows = _Rows(segments, words, rate)
-    attend = partial(_forward_heads, rows=rows)
-    mixed, log_total = _over_heads(attend, *arrays, elements=FORWARD_ELEMENTS)
-    return _merge_heads(mixed), log_total[..., 0]
+    query *= _scale(query, heads)
+    totals = jnp.zeros((*query.shape[:2], heads), jnp.float32)
+    mixed, log_total = _replace_heads(
+        partial(_forward_heads, rows=rows),
+        (query, totals),
+        (key, value),
+        heads=heads,
+        elements=FORWARD_ELEMENTS,
+    )
+    return mixed, log_total.swapaxes(1, 2)
 
 
 def _plain_backward(
@@ -168,13 +175,17 @@ def _plain_backward(
     rate: float,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L D"]]:
     """Returns the gradients of queries, keys and values."""
-    scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
-    arrays = [_split_heads(x, heads) for x in (query * scale, key, value, mixed, cotangent)]
-    differentiate = partial(_backward_heads, rows=_Rows(segments, words, rate))
-    gradients = _over_heads(
-        differentiate, *arrays, log_total[..., None], elements=BACKWARD_ELEMENTS
+    rows, scale = _Rows(segments, words, rate), _scale(query, heads)
+    # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
+    products = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
+    shared = products.reshape(*mixed.shape[:2], heads, -1).sum(axis=-1)
+    of_query, of_key, of_value = _replace_heads(
+        partial(_backward_heads, rows=rows),
+        (query * scale, key, cotangent),
+        (value, log_total.swapaxes(1, 2), shared),
+        heads=heads,
+        elements=BACKWARD_ELEMENTS,
     )
-    of_query, of_key, of_value = (_merge_heads(x) for x in gradients)
     return of_query * scale, of_key, of_value
 
 
@@ -197,6 +208,7 @@ class _Rows(NamedTuple):
 def _forward_heads(
     first: Array | int,
     query: Float[Array, "B h L K"],
+    _: Float[Array, "B h L 1"],
     key: Float[Array, "B h L K"],
     value: Float[Array, "B h L K"],
     *,
@@ -219,10 +231,10 @@ def _backward_heads(
     first: Array | int,
     query: Float[Array, "B h L K"],
     key: Float[Array, "B h L K"],
-    value: Float[Array, "B h L K"],
-    mixed: Float[Array, "B h L K"],
     cotangent: Float[Array, "B h L K"],
+    value: Float[Array, "B h L K"],
     log_total: Float[Array, "B h L 1"],
+    shared: Float[Array, "B h L 1"],
     *,
     rows: _Rows,
 ) -> tuple[Float[Array, "B h L K"], Float[Array, "B h L K"], Float[Array, "B h L K"]]:
@@ -231,8 +243,6 @@ def _backward_heads(
     logits = _product("bhqk,bhkl->bhql", query, _transpose(key))
     probabilities = jnp.where(rows.allowed(), jnp.exp(logits - log_total), 0.0)
     slopes = _product("bhqk,bhkl->bhql", cotangent, _transpose(value))
-    # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
-    shared = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1, keepdims=True)
     dropped = probabilities
     if rows.rate:
         factor = jnp.where(rows.kept(first, logits.shape), 1 / (1 - rows.rate), 0.0)
@@ -249,30 +259,62 @@ def _backward_heads(
     )
 
 
-def _over_heads(
-    function: Callable[..., tuple[Array, ...]], *arrays: Array, elements: int
+def _replace_heads(
+    function: Callable[..., tuple[Array, ...]],
+    replaced: tuple[Array, ...],
+    read: tuple[Array, ...],
+    *,
+    heads: int,
+    elements: int,
 ) -> tuple[Array, ...]:
-    """Returns function(first head, *arrays) of all heads, on a CPU `elements` logits at a time.
+    """Returns `replaced` after function(first head, *replaced, *read) of all heads.
 
-    The loop is over heads, not rows: rows may be divided over the devices of a mesh.
+    A CPU takes `elements` logits at a time, and writes what comes of some heads over them. The loop
+    is over heads, not rows: rows may be divided over the devices of a mesh.
+
+    Args:
+      function: of arrays `[B, h, L, K]`; returns one in the place of each that is replaced, which
+        has to depend on it, or the loop would copy the whole array to read it later.
+      replaced: arrays `[B, L, H * K]`, each with its own K.
+      read: the same.
+      heads: H.
+      elements: of the logits.
     """
-    batch, heads, length, _ = arrays[0].shape
+    batch, length, _ = replaced[0].shape
     each = heads
     if isinstance(batch * length, int):  # those of an exported program may be symbols
         divisors = (n for n in range(heads, 0, -1) if heads % n == 0)
         each = next(n for n in divisors if n == 1 or batch * n * length**2 <= elements)
 
-    def whole(*arrays: Array) -> tuple[Array, ...]:
-        return function(0, *arrays)
+    def whole(replaced: tuple[Array, ...], read: tuple[Array, ...]) -> tuple[Array, ...]:
+        found = function(0, *(_split_heads(x, heads) for x in replaced + read))
+        return tuple(_merge_heads(x) for x in found)
 
-    def looped(*arrays: Array) -> tuple[Array, ...]:
-        blocks = [x.reshape(batch, heads // each, each, length, -1).swapaxes(0, 1) for x in arrays]
-        found = jax.lax.map(lambda block: function(*block), (jnp.arange(0, heads, each), *blocks))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, heads, length, -1), found)
+    def looped(replaced: tuple[Array, ...], read: tuple[Array, ...]) -> tuple[Array, ...]:
+        def some(index: Array, replaced: tuple[Array, ...]) -> tuple[Array, ...]:
+            def place(x: Array) -> tuple[Array, int]:
+                width = x.shape[-1] // heads * each
+                return index * width, width
+
+            blocks = [
+                _split_heads(jax.lax.dynamic_slice_in_dim(x, *place(x), axis=2), each)
+                for x in replaced + read
+            ]
+            found = function(index * each, *blocks)
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(x, _merge_heads(y), place(x)[0], axis=2)
+                for x, y in zip(replaced, found, strict=True)
+            )
+
+        return jax.lax.fori_loop(0, heads // each, some, replaced)
 
     if each == heads:
-        return whole(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=looped, default=whole)
+        return whole(replaced, read)
+    return jax.lax.platform_dependent(replaced, read, cpu=looped, default=whole)
+
+
+def _scale(query: Float[Array, "B L D"], heads: int) -> Float[Array, ""]:
+    return jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
 
 
 def _product(subscripts: str, left: Array, right: Array) -> Float[Array, "..."]:

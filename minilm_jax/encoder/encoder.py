@@ -1,7 +1,6 @@
 """The Transformer encoder: embeddings, post-LayerNorm blocks, and stopping where asked."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,48 +9,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from minilm_jax.cpu import on_one_cpu
 from minilm_jax.encoder.attention import Projections, SelfAttention
 from minilm_jax.encoder.config import Attention, Compute, EncoderConfig
-from minilm_jax.encoder.dense import Dense
 from minilm_jax.encoder.dropout import RowDropout
+from minilm_jax.encoder.embedding import Embed
+from minilm_jax.encoder.feed_forward import FeedForward
+from minilm_jax.encoder.norm import LayerNorm
 from minilm_jax.rows import divide_rows
-
-
-@jax.custom_vjp
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns x Φ(x) (Hendrycks and Gimpel, arXiv 1606.08415), in fp32 inside.
-
-    By erf, as PyTorch has it, where `jax.nn.gelu` takes the costlier erfc; and keeping `x` alone
-    for the gradient.
-    """
-    y = x.astype(jnp.float32)
-    return (y * _normal_cdf(y)).astype(x.dtype)
-
-
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    return gelu(x), x
-
-
-def _gelu_backward(x: Array, cotangent: Array) -> tuple[Array]:
-    # Or the compiler would find the same arithmetic in the forward pass and keep its results.
-    x, cotangent = jax.lax.optimization_barrier((x, cotangent))
-    y = x.astype(jnp.float32)
-    slope = _normal_cdf(y) + y * jnp.exp(-0.5 * y * y) * (1 / math.sqrt(2 * math.pi))
-    return ((cotangent * slope).astype(x.dtype),)
-
-
-def _normal_cdf(x: Array) -> Array:
-    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    # BERT's GELU is the exact (erf) one; JAX's default is the tanh approximation.
-    "gelu": gelu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 class EncoderOutput(NamedTuple):
@@ -169,13 +134,8 @@ class Embeddings(nn.Module):
         """Returns the input of the first block."""
         config = self.config
 
-        def table(rows: int, name: str) -> nn.Embed:
-            return nn.Embed(
-                rows,
-                config.hidden_size,
-                embedding_init=nn.initializers.truncated_normal(config.initializer_range),
-                name=name,
-            )
+        def table(rows: int, name: str) -> Embed:
+            return Embed(rows, config, name=name)
 
         embedded = table(config.vocab_size, "word")(input_ids)
         # RoBERTa numbers real tokens from pad + 1 and gives padding the pad row; with offset 0
@@ -192,7 +152,7 @@ class Embeddings(nn.Module):
             # As in Hugging Face: no languages is not language 0. The table exists all the same.
             if languages is not None:
                 embedded += language
-        hidden = layer_norm(config, self.dtype, "norm")(embedded)
+        hidden = LayerNorm(config, self.dtype, name="norm")(embedded)
         return RowDropout(config.hidden_dropout_prob)(
             hidden, rows=rows, deterministic=deterministic
         )
@@ -209,9 +169,9 @@ class Block(nn.Module):
     def setup(self) -> None:
         """Declares attention, feed-forward and their norms."""
         self.attention = SelfAttention(self.config, self.dtype, self.implementation)
-        self.attention_norm = layer_norm(self.config, self.dtype)
+        self.attention_norm = LayerNorm(self.config, self.dtype)
         self.ffn = FeedForward(self.config, self.dtype)
-        self.ffn_norm = layer_norm(self.config, self.dtype)
+        self.ffn_norm = LayerNorm(self.config, self.dtype)
         self.dropout = RowDropout(self.config.hidden_dropout_prob)
 
     def project(self, hidden: Float[Array, "B L D"]) -> Projections:
@@ -237,30 +197,6 @@ class Block(nn.Module):
         hidden = self.attention_norm(hidden + drop(attended))
         hidden = self.ffn_norm(hidden + drop(self.ffn(hidden)))
         return hidden, projections
-
-
-class FeedForward(nn.Module):
-    """Two dense layers around the activation."""
-
-    config: EncoderConfig
-    dtype: DTypeLike
-
-    def setup(self) -> None:
-        """Declares the two dense layers."""
-        self.up = Dense(self.config.intermediate_size, self.config, self.dtype)
-        self.down = Dense(self.config.hidden_size, self.config, self.dtype)
-
-    def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Returns down(act(up(hidden)))."""
-        return self.down(ACTIVATIONS[self.config.hidden_act](self.up(hidden)))
-
-
-def layer_norm(config: EncoderConfig, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
-    """Returns a LayerNorm with the config's epsilon; its statistics are fp32 whatever `dtype`."""
-    # Flax's fast variance E[x²] - E[x]² loses digits that parity with PyTorch needs.
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name
-    )
 
 
 def segment_positions(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
@@ -301,13 +237,38 @@ def encode(
     """
     compute = compute or Compute()
     encoder = Encoder(config, jnp.dtype(compute.dtype), compute.remat, compute.attention)
-    inputs: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
     rngs: Any = None if key is None else {"dropout": key}
-    output: Any = encoder.apply(
-        {"params": params}, **inputs, deterministic=key is None, stop_after=stop_after, rngs=rngs
-    )
-    return output
 
+    def run(inputs: dict[str, Any]) -> EncoderOutput:
+        output: Any = encoder.apply(
+            {"params": params},
+            **inputs,
+            deterministic=key is None,
+            stop_after=stop_after,
+            rngs=rngs,
+        )
+        return output
+
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    parts = 1 if key is not None or compute.remat else _cpu_parts(inputs["input_ids"])
+    if parts == 1:
+        return run(inputs)
+    divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(run, divided))
+
+
+def _cpu_parts(input_ids: Int[Array, "B L"]) -> int:
+    """Returns in how many parts a CPU should take the rows of a forward pass, one after another."""
+    rows, length = input_ids.shape
+    if not on_one_cpu() or not isinstance(rows * length, int):  # an exported program has symbols
+        return 1
+    parts = (n for n in range(1, rows + 1) if rows % n == 0)
+    return next((n for n in parts if rows * length <= n * CPU_TOKENS), rows)
+
+
+CPU_TOKENS = 2**11
+"""Of a forward pass on a CPU at a time: what a product takes beside its operands stays small enough
+for the allocator to keep, instead of getting it from the system page by page each time."""
 
 INPUTS = ("input_ids", "segments", "token_type_ids", "languages", "positions", "rows")
 """What of a batch the encoder reads."""

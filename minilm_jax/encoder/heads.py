@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.dense import Dense
 from minilm_jax.encoder.dropout import RowDropout
-from minilm_jax.encoder.encoder import ACTIVATIONS, layer_norm
+from minilm_jax.encoder.feed_forward import ACTIVATIONS
+from minilm_jax.encoder.norm import LayerNorm
 
 Pooling = Literal["mean", "cls"]
 
@@ -56,7 +57,7 @@ class MaskedLM(nn.Module):
             fixed = config.model_type in ("roberta", "xlm-roberta")
             activation = ACTIVATIONS["gelu" if fixed else config.hidden_act]
             hidden = activation(Dense(config.hidden_size, config, self.dtype, name="dense")(hidden))
-            hidden = layer_norm(config, self.dtype, "norm")(hidden)
+            hidden = LayerNorm(config, self.dtype, name="norm")(hidden)
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
         logits = jnp.einsum(
             "...d,vd->...v",

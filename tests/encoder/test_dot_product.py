@@ -8,7 +8,7 @@ import pytest
 from minilm_jax.encoder import dot_product
 from minilm_jax.encoder.dot_product import dot_product_attention
 from minilm_jax.encoder.dropout import drop, kept, row_words
-from minilm_jax.encoder.encoder import gelu
+from minilm_jax.encoder.feed_forward import gelu
 
 HEADS, RATE = 4, 0.25
 

@@ -1,0 +1,76 @@
+"""A block's feed-forward network, whose gradient keeps the activation's input alone."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from minilm_jax.cpu import not_before
+from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.encoder.dense import Dense, affine, multiply
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x Φ(x) (Hendrycks and Gimpel, arXiv 1606.08415), in fp32 inside.
+
+    By erf, as PyTorch has it, where `jax.nn.gelu` takes the costlier erfc.
+    """
+    y = x.astype(jnp.float32)
+    return (y * (0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5))))).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    # BERT's GELU is the exact (erf) one; JAX's default is the tanh approximation.
+    "gelu": gelu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class FeedForward(nn.Module):
+    """Two dense layers around the activation."""
+
+    config: EncoderConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        """Declares the two dense layers."""
+        self.up = Dense(self.config.intermediate_size, self.config, self.dtype)
+        self.down = Dense(self.config.hidden_size, self.config, self.dtype)
+
+    def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """Returns down(act(up(hidden)))."""
+        inner, down = self.up(hidden), self.down.parameters(self.config.intermediate_size)
+        return _activated_affine(self.config.hidden_act, self.dtype, inner, *down)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _activated_affine(
+    activation: str, dtype: DTypeLike, x: Array, kernel: Array, bias: Array
+) -> Float[Array, "B L D"]:
+    return affine(ACTIVATIONS[activation](x), kernel, bias, dtype=dtype)
+
+
+def _forward(activation: str, dtype: DTypeLike, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _activated_affine(activation, dtype, *arrays), arrays
+
+
+def _backward(
+    activation: str, dtype: DTypeLike, arrays: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, ...]:
+    x, kernel, bias = arrays
+    y, differentiate = jax.vjp(ACTIVATIONS[activation], not_before(cotangent, x))
+    # Transposed, not differentiated: that would trace the product of the forward pass once more.
+    of_layer = jax.linear_transpose(
+        lambda kernel, bias: affine(y, kernel, bias, dtype), kernel, bias
+    )
+    of_product = jax.linear_transpose(lambda y: multiply(y, kernel, dtype), y)
+    return *differentiate(*of_product(cotangent)), *of_layer(cotangent)
+
+
+_activated_affine.defvjp(_forward, _backward)

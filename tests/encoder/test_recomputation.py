@@ -1,0 +1,151 @@
+"""What the gradient computes again instead of keeping: its values, and that nothing is kept."""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minilm_jax import cpu
+from minilm_jax.encoder import encoder, feed_forward
+from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.embedding import Embed
+from minilm_jax.encoder.encoder import encode, init_params
+from minilm_jax.encoder.feed_forward import ACTIVATIONS, FeedForward
+from minilm_jax.encoder.norm import LayerNorm
+
+CONFIG = EncoderConfig(
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=64,
+)
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def value_and_gradients(module, params, x, weight):
+    def total(params, x):
+        out = module.apply({"params": params}, x)
+        return (out.astype(jnp.float32) * weight).sum(), out
+
+    return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, x)
+
+
+def near(found, expected, atol):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=0, atol=atol
+        ),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-5), ("bfloat16", 0.1)])
+def test_layer_norm_and_its_gradient_are_flax_s(dtype, atol):
+    x, weight = (100 + 3 * random(4, 7, 32)).astype(dtype), random(4, 7, 32, seed=1)
+    params = {"scale": random(32, seed=2), "bias": random(32, seed=3)}
+    flax = nn.LayerNorm(epsilon=CONFIG.layer_norm_eps, dtype=dtype, use_fast_variance=False)
+    found = value_and_gradients(LayerNorm(CONFIG, dtype), params, x, weight)
+    assert found[1].dtype == x.dtype and found[0][1].dtype == x.dtype
+    near(found, value_and_gradients(flax, params, x, weight), atol)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_feed_forward_and_its_gradient_are_autodiff_s(activation, monkeypatch):
+    module = FeedForward(dataclasses.replace(CONFIG, hidden_act=activation), jnp.float32)
+    x, weight = random(2, 5, 32), random(2, 5, 32, seed=1)
+    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: p + 0.3 * random(*p.shape, seed=4), params)
+    found = value_and_gradients(module, params, x, weight)
+    kept_whole = feed_forward._activated_affine.fun
+    monkeypatch.setattr(feed_forward, "_activated_affine", kept_whole)
+    near(found, value_and_gradients(module, params, x, weight), 2e-5)
+
+
+def test_the_table_s_gradient_adds_up_what_is_looked_up_twice():
+    ids = jnp.asarray([[1, 1, 7], [0, 1, 49]])
+    table, weight = random(50, 32), random(2, 3, 32, seed=1)
+
+    def looked_up(table):
+        return Embed(50, CONFIG).apply({"params": {"embedding": table}}, ids)
+
+    gradient = jax.jit(jax.grad(lambda table: (looked_up(table) * weight).sum()))(table)
+    expected = np.zeros((50, 32))
+    np.add.at(expected, np.asarray(ids), np.asarray(weight, np.float64))
+    np.testing.assert_array_equal(looked_up(table), table[ids])
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [0.0, -2.0, np.inf, -np.inf, np.nan])
+def test_waiting_for_a_cotangent_changes_no_number(first):
+    cotangent, arrays = jnp.asarray([[first, 1.0]]), {"x": random(3), "n": jnp.arange(3)}
+    found = jax.jit(cpu.not_before)(cotangent, arrays)
+    jax.tree.map(np.testing.assert_array_equal, found, arrays)
+    zeros = jax.jit(partial(cpu.zeros_not_before, shape=(2, 3)))(cotangent)
+    np.testing.assert_array_equal(zeros, np.zeros((2, 3)))
+
+
+def temporary_bytes(layers, rows, length):
+    """Returns what the gradient of an encoder with dropout takes beside arguments and results."""
+    config = dataclasses.replace(
+        CONFIG, num_hidden_layers=layers, hidden_size=64, intermediate_size=256
+    )
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = {
+        "input_ids": tokens,
+        "segments": tokens,
+        "rows": jax.ShapeDtypeStruct((rows,), jnp.int32),
+    }
+
+    def total(params, batch):
+        hidden = encode(config, params, batch, key=jax.random.key(1)).last_hidden_state
+        return jnp.square(hidden).sum()
+
+    return jax.jit(jax.grad(total)).lower(params, batch).compile().memory_analysis()
+
+
+def test_a_layer_keeps_what_its_products_need_and_no_more():
+    rows, length, width, inner = 64, 32, 64, 256
+    few, many = (temporary_bytes(n, rows, length).temp_size_in_bytes for n in (2, 6))
+    # Queries, keys, values and mixed values, the inputs and results of two norms, and the inputs of
+    # the activation: fp32.
+    least = rows * length * (8 * width + inner) * 4
+    assert least < (many - few) / 4 < 1.15 * least
+
+
+@pytest.mark.parametrize("stop_after", [None, 2])
+@pytest.mark.parametrize("tokens", [1, 30, 60])
+def test_rows_taken_a_few_at_a_time_are_the_rows(tokens, stop_after, monkeypatch):
+    params = init_params(jax.random.key(0), CONFIG)
+    rng = np.random.default_rng(0)
+    batch = {
+        "input_ids": jnp.asarray(rng.integers(0, 50, (6, 10)), jnp.int32),
+        "segments": jnp.asarray(np.sort(rng.integers(0, 3, (6, 10)))[:, ::-1]),
+        "positions": jnp.asarray(rng.integers(0, 60, (6, 10))),
+    }
+    monkeypatch.setattr(encoder, "CPU_TOKENS", 1000)
+    run = partial(encode, CONFIG, stop_after=stop_after)
+    whole = jax.jit(run)(params, batch)
+    assert not loops(run, params, batch)
+    monkeypatch.setattr(encoder, "CPU_TOKENS", tokens)
+    run = partial(encode, CONFIG, stop_after=stop_after)  # or JAX would know it by its identity
+    assert loops(run, params, batch) == (tokens < 60)
+    near(jax.jit(run)(params, batch), whole, 1e-6)
+    # With dropout all rows are taken at once, and where blocks are computed again.
+    batch["rows"] = jnp.arange(6)
+    assert not loops(partial(encode, CONFIG, key=jax.random.key(0)), params, batch)
+    assert not loops(partial(encode, CONFIG, compute=Compute(remat=True)), params, batch)
+
+
+def loops(function, *arguments):
+    return "scan[" in str(jax.make_jaxpr(function)(*arguments))
