@@ -11,6 +11,7 @@ runs. The peers (benchmarks/_torch_work.py) load the same weights, must give the
 
 import argparse
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -62,6 +63,9 @@ def write_pair(folder: Path, teacher: EncoderConfig, student: EncoderConfig) -> 
 
 def main() -> None:
     """Measures the shapes and writes their tables."""
+    # In every peer's process: a library for TPUs that happens to be installed would be loaded, and
+    # its 250 MiB counted as ours.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--seconds", type=float, default=60, help="of timing, for each shape")

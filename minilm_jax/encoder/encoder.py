@@ -263,7 +263,7 @@ def _cpu_parts(input_ids: Int[Array, "B L"]) -> int:
     if not on_one_cpu() or not isinstance(rows * length, int):  # an exported program has symbols
         return 1
     parts = (n for n in range(1, rows + 1) if rows % n == 0)
-    return next((n for n in parts if rows * length <= n * CPU_TOKENS), rows)
+    return next((n for n in parts if rows * length <= n * CPU_TOKENS), max(rows, 1))
 
 
 CPU_TOKENS = 2**11
