@@ -5,18 +5,26 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, Float
 
-from minilm_jax.kernels import mesh_platform
+from minilm_jax.kernels import (
+    first_element,
+    mesh_platform,
+    of_one_device,
+    vary_like,
+    zeros_like_any,
+)
 
 Arrays = TypeVar("Arrays")
 
 
-def on_one_cpu() -> bool:
-    """Returns whether the arrays being traced are those of one device, and of a CPU."""
-    platform = mesh_platform() or jax.default_backend()
-    return platform == "cpu" and get_abstract_mesh().size <= 1
+def on_one_cpu(x: Array) -> bool:
+    """Returns whether the array being traced is one device's, and a CPU's.
+
+    Not where its shape has symbols: then the program is exported, to run elsewhere.
+    """
+    fixed = all(isinstance(size, int) for size in x.shape)
+    return fixed and of_one_device() and (mesh_platform() or jax.default_backend()) == "cpu"
 
 
 def not_before(cotangent: Float[Array, "..."], arrays: Arrays) -> Arrays:
@@ -34,7 +42,10 @@ def not_before(cotangent: Float[Array, "..."], arrays: Arrays) -> Arrays:
         tree: Arrays = jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
         return tree
 
-    found: Arrays = _depending(tied, lambda arrays, _: arrays, arrays, cotangent)
+    def varying(arrays: Arrays, cotangent: Array) -> Arrays:
+        return vary_like(arrays, like=cotangent)
+
+    found: Arrays = _depending(tied, varying, arrays, cotangent)
     return found
 
 
@@ -42,19 +53,18 @@ def zeros_not_before(cotangent: Float[Array, "..."], shape: tuple[int, ...]) -> 
     """Returns fp32 zeros, which a CPU may not write before the cotangent is there."""
     zeros: Array = _depending(
         lambda cotangent: jnp.broadcast_to(_unknown_zero(cotangent), shape),
-        lambda _: jnp.zeros(shape, jnp.float32),
+        lambda cotangent: zeros_like_any(shape, like=cotangent),
         cotangent,
     )
     return zeros
 
 
 def _depending(cpu: Callable[..., Any], default: Callable[..., Any], *operands: Any) -> Any:
-    if get_abstract_mesh().size > 1:  # one device's element would have to travel to all
+    if not of_one_device():  # one device's element would have to travel to all
         return default(*operands)
     return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
 def _unknown_zero(x: Float[Array, "..."]) -> Float[Array, ""]:
     """Returns a zero, which XLA does not know before the array is there."""
-    first = jax.lax.slice(x, [0] * x.ndim, [1] * x.ndim).reshape(())
-    return (first > jnp.inf).astype(jnp.float32)
+    return (first_element(x) > jnp.inf).astype(jnp.float32)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+Arrays = TypeVar("Arrays")
 
 AMPERE = 8
 """Compute capability from which Pallas's kernels for NVIDIA run; V100 has 7."""
@@ -28,18 +30,22 @@ def kernels_can_run(platform: Literal["gpu", "tpu"]) -> bool:
     devices XLA would have to divide a kernel among them, which it refuses. A GPU that is only
     described, as when compiling for one that is not there, is taken to be new enough.
     """
-    mesh, local = jax.sharding.get_abstract_mesh(), jax.devices()[0]
-    if mesh.empty:
-        whole = jax.device_count() == 1
-    else:
-        whole = mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
-    described = mesh.abstract_device
+    whole, local = of_one_device(), jax.devices()[0]
+    described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None and described.device_kind != local.device_kind:
         return whole and described.platform == platform
     # "7.5" of NVIDIA's; AMD's "gfx90a" has none.
     capability = re.match(r"\d+", str(getattr(local, "compute_capability", "")))
     new = platform == "tpu" or (capability is not None and int(capability[0]) >= AMPERE)
     return whole and local.platform == platform and new
+
+
+def of_one_device() -> bool:
+    """Returns whether the arrays being traced are those of one device; so they are under pmap."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def mesh_platform() -> str | None:
@@ -143,6 +149,23 @@ def zeros_like_any(shape: tuple[int, ...], *, like: object) -> Array:
     never takes the array does not.
     """
     never = [
-        jnp.where(False, x[(0,) * x.ndim].astype(jnp.float32), 0.0) for x in jax.tree.leaves(like)
+        jnp.where(False, first_element(x).astype(jnp.float32), 0.0) for x in jax.tree.leaves(like)
     ]
     return jnp.broadcast_to(sum(never, start=jnp.float32(0)), shape)
+
+
+def vary_like(arrays: Arrays, *, like: object) -> Arrays:
+    """Returns a tree of arrays that vary over every mapped axis that any of `like` varies over.
+
+    What a gradient of our own returns has to vary as its argument does. A parameter varies less
+    than the rows it meets; this is where JAX then sums its gradient over the axis.
+    """
+    zero = zeros_like_any((), like=like)
+    varying: Arrays = jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
+    return varying
+
+
+def first_element(x: Array) -> Array:
+    """Returns the array's first element, 0 where it has none."""
+    ends = [min(size, 1) if isinstance(size, int) else 1 for size in x.shape]
+    return jax.lax.slice(x, [0] * x.ndim, ends).sum()

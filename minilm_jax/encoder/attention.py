@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
         """Returns queries, keys and values with heads merged."""
         width, layers = hidden.shape[-1], (self.query, self.key, self.value)
         parameters = [layer.parameters(width) for layer in layers]
-        if on_one_cpu():
+        if on_one_cpu(hidden):
             return Projections(*(affine(hidden, *part, dtype=self.dtype) for part in parameters))
         # One product three times as wide reads its input once. A CPU gains less by it than it takes
         # to put the kernels side by side.

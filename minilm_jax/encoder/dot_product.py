@@ -2,7 +2,7 @@
 
 Every such array is computed again from queries, keys and one number a row, as FlashAttention does
 (Dao et al., arXiv 2205.14135), so that a layer's activations are O(L·D). On a CPU a few heads are
-computed at a time, to stay within the caches; an accelerator gets all of them at once. NVIDIA GPUs
+computed at a time, to bound memory; an accelerator gets all of them at once. NVIDIA GPUs
 take the kernels of dot_product_gpu.py, where no L × L array is ever written.
 
 B batch, L tokens, D width, H heads (h at a time), K head width.
@@ -20,14 +20,21 @@ from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import Attention
 from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import kept
-from minilm_jax.kernels import fill_up_head, fits_gpu, kernels_can_run, mesh_platform
+from minilm_jax.kernels import (
+    fill_up_head,
+    fits_gpu,
+    kernels_can_run,
+    mesh_platform,
+    zeros_like_any,
+)
 from minilm_jax.rows import map_over_rows
 
 FORWARD_ELEMENTS = 2**20
 """Of the logits computed at a time on a CPU; 4 MB, of which two are alive at once."""
 
 BACKWARD_ELEMENTS = 2**22
-"""The same for the gradient, when most of the memory is that of other layers' activations."""
+"""The same for the gradient, which has a handful of them alive: little beside the activations of
+all layers, and more at a time is faster."""
 
 
 class _Residuals(NamedTuple):
@@ -150,7 +157,7 @@ def _plain_forward(
     """Returns the mixed values and the logarithm of each row's total."""
     rows = _Rows(segments, words, rate)
     query *= _scale(query, heads)
-    totals = jnp.zeros((*query.shape[:2], heads), jnp.float32)
+    totals = zeros_like_any((*query.shape[:2], heads), like=(query, key, value, segments, words))
     mixed, log_total = _replace_heads(
         partial(_forward_heads, rows=rows),
         (query, totals),
@@ -178,7 +185,7 @@ def _plain_backward(
     rows, scale = _Rows(segments, words, rate), _scale(query, heads)
     # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
     products = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
-    shared = products.reshape(*mixed.shape[:2], heads, -1).sum(axis=-1)
+    shared = products.reshape(*mixed.shape[:2], heads, mixed.shape[-1] // heads).sum(axis=-1)
     of_query, of_key, of_value = _replace_heads(
         partial(_backward_heads, rows=rows),
         (query * scale, key, cotangent),
@@ -273,8 +280,8 @@ def _replace_heads(
     is over heads, not rows: rows may be divided over the devices of a mesh.
 
     Args:
-      function: of arrays `[B, h, L, K]`; returns one in the place of each that is replaced, which
-        has to depend on it, or the loop would copy the whole array to read it later.
+      function: of arrays `[B, h, L, K]`; returns one in the place of each that is replaced. It has
+        to depend on that, if that is read, or the loop would copy the whole array first.
       replaced: arrays `[B, L, H * K]`, each with its own K.
       read: the same.
       heads: H.

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from minilm_jax.cpu import zeros_not_before
 from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.kernels import vary_like
 
 
 class Embed(nn.Module):
@@ -25,7 +26,7 @@ class Embed(nn.Module):
         table = jnp.asarray(self.param("embedding", init, shape, jnp.float32))
         if self.rows == 1:
             return jnp.broadcast_to(table, (*ids.shape, shape[1]))
-        return _look_up(self.rows, table, ids)
+        return _look_up(self.rows, vary_like(table.astype(jnp.float32), like=ids), ids)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -232,7 +232,7 @@ def encode(
       params: its parameters.
       batch: `input_ids`, `segments` and what else of `INPUTS` there is; other entries are ignored.
       compute: dtype, rematerialisation, attention; the defaults where absent.
-      key: of the dropout; None is deterministic.
+      key: of the dropout; None is deterministic, and on a CPU takes a few rows at a time.
       stop_after: see `Encoder.__call__`.
     """
     compute = compute or Compute()
@@ -260,10 +260,12 @@ def encode(
 def _cpu_parts(input_ids: Int[Array, "B L"]) -> int:
     """Returns in how many parts a CPU should take the rows of a forward pass, one after another."""
     rows, length = input_ids.shape
-    if not on_one_cpu() or not isinstance(rows * length, int):  # an exported program has symbols
+    if not on_one_cpu(input_ids) or rows * length <= CPU_TOKENS:
         return 1
-    parts = (n for n in range(1, rows + 1) if rows % n == 0)
-    return next((n for n in parts if rows * length <= n * CPU_TOKENS), max(rows, 1))
+    divisors = (n for n in range(2, rows + 1) if rows % n == 0)
+    parts = next((n for n in divisors if rows * length <= n * CPU_TOKENS), rows)
+    # Rows that hardly divide, 31 say: each part reads all parameters.
+    return parts if rows * length >= parts * CPU_TOKENS // 4 else 1
 
 
 CPU_TOKENS = 2**11

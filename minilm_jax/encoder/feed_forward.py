@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.dense import Dense, affine, multiply
+from minilm_jax.kernels import vary_like
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -46,6 +47,7 @@ class FeedForward(nn.Module):
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Returns down(act(up(hidden)))."""
         inner, down = self.up(hidden), self.down.parameters(self.config.intermediate_size)
+        down = vary_like(down, like=inner)
         return _activated_affine(self.config.hidden_act, self.dtype, inner, *down)
 
 

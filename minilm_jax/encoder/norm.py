@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.kernels import vary_like
 
 
 class LayerNorm(nn.Module):
@@ -25,6 +26,7 @@ class LayerNorm(nn.Module):
         width = (x.shape[-1],)
         scale = jnp.asarray(self.param("scale", nn.initializers.ones, width, jnp.float32))
         bias = jnp.asarray(self.param("bias", nn.initializers.zeros, width, jnp.float32))
+        scale, bias = vary_like((scale, bias), like=x)
         return _layer_norm(self.config.layer_norm_eps, jnp.dtype(self.dtype), x, scale, bias)
 
 
@@ -66,7 +68,7 @@ def _backward(
     slope = slope * scale
     along = (slope * normal).mean(axis=-1, keepdims=True)
     of_x = (slope - slope.mean(axis=-1, keepdims=True) - normal * along) * inverse
-    return of_x.astype(x.dtype), of_scale, of_bias
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
 
 
 _layer_norm.defvjp(_forward, _backward)

@@ -54,7 +54,7 @@ class Devices:
         self.lift = lift
         names = ("data",) if lift == "pmap" else ("data", "fsdp")
         grid = np.array(self.devices).reshape((-1,) if lift == "pmap" else (-1, fsdp))
-        # make_mesh's default axes are Explicit and break nn.Embed under jit.
+        # make_mesh's default axes are Explicit and break a table's look-up under jit.
         self.mesh = Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
         self._whole = jax.jit(
             lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec())
