@@ -25,7 +25,7 @@ from minilm_jax.kernels import (
     fits_gpu,
     kernels_can_run,
     mesh_platform,
-    zeros_like_any,
+    vary_like,
 )
 from minilm_jax.rows import map_over_rows
 
@@ -157,7 +157,8 @@ def _plain_forward(
     """Returns the mixed values and the logarithm of each row's total."""
     rows = _Rows(segments, words, rate)
     query *= _scale(query, heads)
-    totals = zeros_like_any((*query.shape[:2], heads), like=(query, key, value, segments, words))
+    totals = jnp.zeros((*query.shape[:2], heads), jnp.float32)
+    totals = vary_like(totals, like=(query, key, value, segments, words))
     mixed, log_total = _replace_heads(
         partial(_forward_heads, rows=rows),
         (query, totals),
