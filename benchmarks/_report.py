@@ -22,6 +22,11 @@ OURS = "minilm_jax"
 RESULTS = Path(__file__).parent / "results"
 
 
+def on_cpus_alone() -> None:
+    """Has the peers' processes load no library for TPUs, whose 250 MiB would count as ours."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def machine(*packages: str) -> str:
     """Returns the device, its host, the versions (of `packages` too) and the date."""
     device = jax.devices()[0]

@@ -11,7 +11,6 @@ runs. The peers (benchmarks/_torch_work.py) load the same weights, must give the
 
 import argparse
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 import _jax_work
 import _torch_work
 from _peers import Work
-from _report import OURS, measured_table, write_section
+from _report import OURS, measured_table, on_cpus_alone, write_section
 from _setting import Setting
 from cost_model import STUDENT_6X384, distillation_cost
 
@@ -63,9 +62,7 @@ def write_pair(folder: Path, teacher: EncoderConfig, student: EncoderConfig) -> 
 
 def main() -> None:
     """Measures the shapes and writes their tables."""
-    # In every peer's process: a library for TPUs that happens to be installed would be loaded, and
-    # its 250 MiB counted as ours.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    on_cpus_alone()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--seconds", type=float, default=60, help="of timing, for each shape")

@@ -10,14 +10,13 @@ backward, clipping and AdamW with dropout 0.1. Writes benchmarks/results/encoder
 
 import argparse
 import dataclasses
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import _jax_work
 import _torch_work
-from _report import OURS, measured_table, write_section
+from _report import OURS, measured_table, on_cpus_alone, write_section
 from _setting import Setting
 from cost_model import STUDENT_6X384, block_flops
 
@@ -33,9 +32,7 @@ fourth powers. Columns are those of distillation_step_cpu.md.
 
 def main() -> None:
     """Measures both parts and writes their tables."""
-    # In every peer's process: a library for TPUs that happens to be installed would be loaded, and
-    # its 250 MiB counted as ours.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    on_cpus_alone()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=["forward", "training"])
     parser.add_argument("--seconds", type=float, default=45, help="of timing, for each part")

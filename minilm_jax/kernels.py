@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-Arrays = TypeVar("Arrays")
+from minilm_jax.rows import of_one_device, zeros_like_any
 
 AMPERE = 8
 """Compute capability from which Pallas's kernels for NVIDIA run; V100 has 7."""
@@ -38,20 +38,6 @@ def kernels_can_run(platform: Literal["gpu", "tpu"]) -> bool:
     capability = re.match(r"\d+", str(getattr(local, "compute_capability", "")))
     new = platform == "tpu" or (capability is not None and int(capability[0]) >= AMPERE)
     return whole and local.platform == platform and new
-
-
-def of_one_device() -> bool:
-    """Returns whether the arrays being traced are those of one device; so they are under pmap."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
-
-
-def mesh_platform() -> str | None:
-    """Returns the platform of the mesh in context, None where there is none."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return None if device is None else str(device.platform)
 
 
 def fits_gpu(*, length: int, head: int, dtype: DTypeLike) -> bool:
@@ -139,33 +125,3 @@ def run_on_gpu(
         name=name,
     )
     return list(run(*arrays))
-
-
-def zeros_like_any(shape: tuple[int, ...], *, like: object) -> Array:
-    """Returns fp32 zeros that vary over every mapped axis that any of `like` varies over.
-
-    `jax.shard_map` wants what a loop carries to vary as what the loop makes of it, and to know it
-    of what a kernel writes. Its own name for this differs between versions of JAX; a selection that
-    never takes the array does not.
-    """
-    never = [
-        jnp.where(False, first_element(x).astype(jnp.float32), 0.0) for x in jax.tree.leaves(like)
-    ]
-    return jnp.broadcast_to(sum(never, start=jnp.float32(0)), shape)
-
-
-def vary_like(arrays: Arrays, *, like: object) -> Arrays:
-    """Returns a tree of arrays that vary over every mapped axis that any of `like` varies over.
-
-    What a gradient of our own returns has to vary as its argument does. A parameter varies less
-    than the rows it meets; this is where JAX then sums its gradient over the axis.
-    """
-    zero = zeros_like_any((), like=like)
-    varying: Arrays = jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
-    return varying
-
-
-def first_element(x: Array) -> Array:
-    """Returns the array's first element, 0 where it has none."""
-    ends = [min(size, 1) if isinstance(size, int) else 1 for size in x.shape]
-    return jax.lax.slice(x, [0] * x.ndim, ends).sum()

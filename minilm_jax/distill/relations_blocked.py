@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from minilm_jax.kernels import zeros_like_any
+from minilm_jax.rows import zeros_like_any
 
 Teacher = tuple[Float[Array, "B L Dt"], Float[Array, "B L Dt"]]
 Student = tuple[Float[Array, "B L Ds"], Float[Array, "B L Ds"]]

@@ -27,7 +27,8 @@ from minilm_jax.distill.relations_blocked import (
     Wanted,
     products_precision,
 )
-from minilm_jax.kernels import MASKED, zeros_like_any
+from minilm_jax.kernels import MASKED
+from minilm_jax.rows import zeros_like_any
 
 
 class _Inputs(NamedTuple):

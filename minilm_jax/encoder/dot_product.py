@@ -20,14 +20,8 @@ from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import Attention
 from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import kept
-from minilm_jax.kernels import (
-    fill_up_head,
-    fits_gpu,
-    kernels_can_run,
-    mesh_platform,
-    vary_like,
-)
-from minilm_jax.rows import map_over_rows
+from minilm_jax.kernels import fill_up_head, fits_gpu, kernels_can_run
+from minilm_jax.rows import fixed_shape, map_over_rows, mesh_platform, vary_like
 
 FORWARD_ELEMENTS = 2**20
 """Of the logits computed at a time on a CPU; 4 MB, of which two are alive at once."""
@@ -109,10 +103,9 @@ def _forward(
 def _backward(
     settings: _Settings, residuals: _Residuals, cotangent: Float[Array, "B L D"]
 ) -> tuple[Array, Array, Array, None, None]:
-    # All but the mixed values, which are kept as they are: they are the output layer's input too.
-    mixed = residuals.mixed
-    residuals = not_before(cotangent, residuals._replace(mixed=jnp.zeros(())))
-    arrays = (cotangent, *residuals._replace(mixed=mixed))
+    # The mixed values are kept as they are in any case, as the output layer's input.
+    late = not_before(cotangent, residuals)._replace(mixed=residuals.mixed)
+    arrays = (cotangent, *late)
     of_query, of_key, of_value = _implemented(settings, _plain_backward, gpu_backward, arrays)
     return of_query, of_key, of_value, None, None
 
@@ -133,7 +126,7 @@ def _implemented(
     head = width // heads
     if (
         implementation == "plain"
-        or not all(isinstance(size, int) for size in arrays[0].shape)  # symbols, in an export
+        or not fixed_shape(arrays[0])
         or fill_up_head(head) != head
         or not fits_gpu(length=length, head=head, dtype=arrays[0].dtype)
         or not kernels_can_run("gpu")
@@ -290,7 +283,7 @@ def _replace_heads(
     """
     batch, length, _ = replaced[0].shape
     each = heads
-    if isinstance(batch * length, int):  # those of an exported program may be symbols
+    if fixed_shape(replaced[0]):
         divisors = (n for n in range(heads, 0, -1) if heads % n == 0)
         each = next(n for n in divisors if n == 1 or batch * n * length**2 <= elements)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from minilm_jax.cpu import zeros_not_before
 from minilm_jax.encoder.config import EncoderConfig
-from minilm_jax.kernels import vary_like
+from minilm_jax.rows import vary_like
 
 
 class Embed(nn.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.dense import Dense, affine, multiply
-from minilm_jax.kernels import vary_like
+from minilm_jax.rows import vary_like
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

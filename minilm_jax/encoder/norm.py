@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import EncoderConfig
-from minilm_jax.kernels import vary_like
+from minilm_jax.rows import vary_like
 
 
 class LayerNorm(nn.Module):

@@ -17,6 +17,10 @@ from minilm_jax.encoder.embedding import Embed
 from minilm_jax.encoder.encoder import encode, init_params
 from minilm_jax.encoder.feed_forward import ACTIVATIONS, FeedForward
 from minilm_jax.encoder.norm import LayerNorm
+from minilm_jax.reductions import Loss, Mean
+from minilm_jax.train.devices import Devices
+from minilm_jax.train.state import create_state
+from minilm_jax.train.step import make_step
 
 CONFIG = EncoderConfig(
     vocab_size=50,
@@ -162,6 +166,24 @@ def test_gradients_under_a_checked_shard_map(elements, monkeypatch):
     rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
     near(jax.jit(mapped)(params, batch), jax.jit(gradient)(params, batch), 1e-3)
+
+
+def test_what_waits_for_a_cotangent_has_nothing_sent_round_a_mesh():
+    """Parts of parameters and of gradients are sent; an array's element, from device to device."""
+    devices = Devices("mesh", fsdp=2, devices=jax.devices()[:4])
+    batch = {name: np.ones((8, 6), np.int32) for name in ("input_ids", "segments")}
+
+    def loss(params, frozen, batch, key):
+        hidden = encode(CONFIG, params, batch).last_hidden_state
+        total = Mean(total=jnp.sum(hidden**4), count=jnp.float32(1))
+        return Loss(terms={"total": total}, metrics={}, counts={})
+
+    optimizer = optax.sgd(0.1)
+    state = devices.place(create_state(init_params(jax.random.key(0), CONFIG), optimizer))
+    step = devices.lift_step(make_step(loss, optimizer, seed=0))
+    text = step.lower(state, devices.place({}), devices.place_batch(batch)).compile().as_text()
+    assert "all-gather(" in text
+    assert "collective-permute(" not in text
 
 
 @pytest.mark.parametrize("stop_after", [None, 2])
