@@ -31,8 +31,10 @@ class Dense(nn.Module):
 def affine(
     x: Float[Array, "*n D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"], dtype: DTypeLike
 ) -> Float[Array, "*n F"]:
-    """Returns x W + b, computed in `dtype`."""
-    return multiply(x, kernel, dtype) + bias.astype(dtype)
+    """Returns x W + b, computed in `dtype`; the bias's gradient is summed over tokens in fp32."""
+    product = multiply(x, kernel, dtype)
+    # Broadcast first, then cast: transposed, the cotangent is cast before it is summed.
+    return product + jnp.broadcast_to(bias, product.shape).astype(dtype)
 
 
 def multiply(

@@ -82,6 +82,18 @@ def test_feed_forward_and_its_gradient_are_autodiff_s(activation, monkeypatch):
     near(found, value_and_gradients(module, params, x, weight), 2e-5)
 
 
+@pytest.mark.parametrize("layer", ["up", "down"])
+def test_a_bias_s_gradient_is_summed_in_fp32(layer):
+    """In bfloat16 a sum of thousands of tokens stops growing, or is mostly rounding."""
+    module = FeedForward(CONFIG, jnp.bfloat16)
+    x, weight = 1 + random(64, 128, 32).astype(jnp.bfloat16), 1 + random(64, 128, 32, seed=1)
+    params = module.init(jax.random.key(0), x)["params"]
+    (found, _), _ = value_and_gradients(module, params, x, weight)
+    expected, _ = value_and_gradients(FeedForward(CONFIG, jnp.float32), params, x, weight)[0]
+    found, expected = found[layer]["bias"], expected[layer]["bias"]
+    assert jnp.linalg.norm(found - expected) < 0.01 * jnp.linalg.norm(expected)
+
+
 def test_the_table_s_gradient_adds_up_what_is_looked_up_twice():
     ids = jnp.asarray([[1, 1, 7], [0, 1, 49]])
     table, weight = random(50, 32), random(2, 3, 32, seed=1)
