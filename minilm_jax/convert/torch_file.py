@@ -33,6 +33,7 @@ from minilm_jax.errors import CheckpointError
 _MAX_PICKLE = 8 * 2**20
 _MAX_OPERATIONS = 2_000_000
 _MAX_DIRECTORY = 16 * 2**20
+_MAX_TUPLE = 64
 # What torch < 1.6 starts a file with: protocol 2 and its magic number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -275,12 +276,12 @@ class _Machine:
             case "MARK":
                 stack.append(_Mark())
             case "TUPLE":
-                stack.append(tuple(self._since_mark()))
+                stack.append(_flat_tuple(self._since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 size = int(name[-1])
                 if len(stack) < size:
                     raise IndexError("a tuple of more values than there are")
-                stack[-size:] = [tuple(stack[-size:])]
+                stack[-size:] = [_flat_tuple(stack[-size:])]
             case "BINPUT" | "LONG_BINPUT":
                 self.memo[argument] = stack[-1]
             case "MEMOIZE":
@@ -350,7 +351,10 @@ class _Machine:
         kind, storage, key, _, count = reference
         if kind != "storage" or not isinstance(storage, _Global) or type(count) is not int:
             raise ValueError("a reference to something that is no storage")
-        if not isinstance(key, str) or not re.fullmatch(r"[0-9]{1,9}", key):
+        if not isinstance(key, str):
+            # Its text could be exponentially long: lists nest through the memo.
+            raise TypeError(f"a storage named by a {type(key).__name__}")
+        if not re.fullmatch(r"[0-9]{1,9}", key):
             raise ValueError(f"a storage named {key!r:.80}")
         return _Storage(dtype=_STORAGES[storage.name.rpartition(".")[2]], key=key, count=count)
 
@@ -365,11 +369,27 @@ class _Machine:
             return arguments[0]
         if function.name in _TENSOR:
             storage, offset, shape, strides = arguments[:4]
-            whole = [offset, *shape, *strides]
-            if not isinstance(storage, _Storage) or any(type(n) is not int for n in whole):
+            if not isinstance(storage, _Storage):
                 raise TypeError("a tensor of what is no storage")
+            if not isinstance(shape, tuple) or not isinstance(strides, tuple):
+                raise TypeError("a shape or strides that are no tuple")
+            if any(type(n) is not int for n in (offset, *shape, *strides)):
+                raise TypeError("an offset, a shape or strides that are no whole numbers")
             return _Tensor(storage=storage, offset=offset, shape=shape, strides=strides)
         raise ValueError(f"a call of {function.name} with {len(arguments)} arguments")
+
+
+def _flat_tuple(values: list[Any]) -> tuple[Any, ...]:
+    """Returns the values as a tuple, which holds tuples at most one level deep.
+
+    A call's arguments hold shapes and strides, and those hold numbers. A program of 200 bytes can
+    nest tuples through the memo so that whatever walks them takes hours.
+    """
+    if len(values) > _MAX_TUPLE:
+        raise ValueError(f"a tuple of {len(values):,} values")
+    if any(isinstance(value, tuple) and tuple in map(type, value) for value in values):
+        raise ValueError("tuples nested more deeply than in any state dict")
+    return tuple(values)
 
 
 def _named_tensors(path: Path, state: Any) -> dict[str, _Tensor]:
@@ -456,7 +476,9 @@ def _load_legacy(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, tensor in state.items():
         dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        if not isinstance(name, str) or not dense or tensor.is_quantized:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} names a tensor by a {type(name).__name__}, not by text")
+        if not dense or tensor.is_quantized:
             raise CheckpointError(f"{path}: {name!r:.200} is no dense tensor")
         if tensor.dtype == torch.bfloat16:
             bits = tensor.detach().contiguous().view(torch.int16).numpy()

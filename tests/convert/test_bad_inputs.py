@@ -255,6 +255,33 @@ for _kind in ("_rebuild_sparse_tensor", "_rebuild_qtensor"):
             f, {"a": ta.tensor("0", 4, shape=(4,), strides=(1,), rebuild=kind)}, _FOUR
         )
     )
+
+
+def _stored_in(key: bytes) -> bytes:
+    """Returns the instructions of a tensor whose storage is named by what `key` makes."""
+    whole = ta.tensor("0", 4, shape=(4,), strides=(1,))
+    return whole.replace(ta.text("0"), key)
+
+
+def _twice(put: bytes, *, levels: int) -> bytes:
+    """Returns instructions that `put` the value on the stack and itself into another, often."""
+    return b"".join(b"q%ch%c" % (level, level) + put for level in range(levels))
+
+
+for _what, _says, _value in (
+    ("tuples", "nested more deeply", b")" + _twice(b"\x86", levels=60)),
+    ("lists", "named by a list", b"](" * 60 + b"]" + _twice(b"e", levels=60)),
+    ("200,000 tuples", "nested more deeply", b")" + b"\x85" * 200_000),
+):
+    bad(26, f"a storage whose name is nested {_what}", _says)(
+        lambda f, value=_value: _bin(f, {"a": _stored_in(value)}, _FOUR)
+    )
+bad(26, "a shape of 1,000 numbers", "a tuple of 1,000 values")(
+    lambda f: _bin(f, {"a": _GOOD.replace(ta.numbers((4,)), b"(" + b"K\x01" * 1000 + b"t")}, _FOUR)
+)
+bad(26, "a shape that is a list", "shape or strides that are no tuple")(
+    lambda f: _bin(f, {"a": _GOOD.replace(ta.numbers((4,)), b"](K\x04e")}, _FOUR)
+)
 bad(27, "a number among the tensors", "'epoch' is a int")(
     lambda f: _bin(f, {"a": _GOOD, "epoch": ta.number(3)}, _FOUR)
 )
