@@ -1,8 +1,10 @@
 """One reader a file format: each yields records and never holds more than one of them."""
 
 import bz2
+import dataclasses
 import gzip
 import io
+import itertools
 import json
 import lzma
 import zlib
@@ -49,26 +51,14 @@ def read_text(
 def read_jsonl(
     source: "TextSource", stretch: "Stretch", skipped: Counter[str]
 ) -> Iterator[Document]:
-    """Yields one document an object; the first object must have the text column."""
-    seen_column = False
-    for position, raw in _single_lines(source, stretch, skipped):
-        line = _decode(raw, source, skipped)
-        if line is None or not line.strip():
-            continue
-        if position == 0 and line.lstrip().startswith("["):
-            raise DataError(f"{stretch.path}: is one JSON array; write one object a line instead")
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            skipped["broken json"] += 1
-            continue
-        if not isinstance(record, dict):
-            skipped["broken json"] += 1
-            continue
-        text = record.get(source.text_column)
-        if text is None and not seen_column and source.text_column not in record:
+    """Yields one document an object; the file's first object must have the text column."""
+    # Of the file, not of the stretch: a file is cut where it happens to be.
+    beginning = dataclasses.replace(stretch, start=0, stop=_BLOCK)
+    for _, _, record in itertools.islice(_objects(source, beginning, Counter()), 1):
+        if source.text_column not in record:
             raise _missing_column(source.text_column, stretch.path, list(record))
-        seen_column = True
+    for position, line, record in _objects(source, stretch, skipped):
+        text = record.get(source.text_column)
         if not isinstance(text, str):
             skipped["no text"] += 1
             continue
@@ -80,6 +70,26 @@ def read_jsonl(
             language=_language(source, stretch, record),
             origin=f"{stretch.path}:byte {position}",
         )
+
+
+def _objects(
+    source: "TextSource", stretch: "Stretch", skipped: Counter[str]
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yields (byte position, line, object); lines that are no object are counted."""
+    for position, raw in _single_lines(source, stretch, skipped):
+        line = _decode(raw, source, skipped)
+        if line is None or not line.strip():
+            continue
+        if position == 0 and line.lstrip().startswith("["):
+            raise DataError(f"{stretch.path}: is one JSON array; write one object a line instead")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            yield position, line, record
+        else:
+            skipped["broken json"] += 1
 
 
 def _missing_column(column: str, path: str, columns: list[str]) -> DataError:
@@ -197,8 +207,12 @@ def _skip_line(file: io.BufferedIOBase) -> int:
 
 
 def _open(path: str) -> io.BufferedIOBase:
+    compressed = compression(path)
     try:
-        match compression(path):
+        # Even no text has a header; Python's gzip takes a file without a byte for whole.
+        if compressed and not Path(path).stat().st_size:
+            raise BrokenFileError("the compressed data is broken (the file is empty)")
+        match compressed:
             case ".gz":
                 return gzip.open(path)
             case ".bz2":

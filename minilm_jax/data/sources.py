@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,8 +42,9 @@ class TextSource:
     """One kind of text and how to read it."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders (read recursively) or patterns such as `wiki/*.jsonl.zst`; for format
-    `tfds` names such as `lm1b` or prepared folders; none for `machine-docs`."""
+    """Files, folders (read recursively) or patterns such as `wiki/*.jsonl.zst`, where a file is
+    read once however often links or paths lead to it; for format `tfds` names such as `lm1b` or
+    prepared folders; none for `machine-docs`."""
     format: Format = "auto"
     """`auto` goes by the file name's ending; .gz, .bz2, .xz and .zst may follow it."""
     text_column: str = "text"
@@ -193,7 +195,10 @@ def _gather(source: TextSource, pieces: list[Stretch], part_size: int) -> list[P
 
 
 def _whole_file(path: Path, format: Format) -> Stretch:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:  # such as a link that leads nowhere
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
     version = f"{status.st_size}-{status.st_mtime_ns}"
     return Stretch(str(path), format, size=status.st_size, version=version)
 
@@ -230,15 +235,20 @@ def _is_lines(source: TextSource, stretch: Stretch) -> bool:
 
 
 def _files(source: TextSource) -> Iterator[tuple[Path, Format]]:
+    """Yields each file once, where it is first reached."""
+    reached: set[str] = set()
     for pattern in source.paths:
         found = _matches(pattern)
         if not found:
             raise DataError(f"{pattern}: no such file, folder or pattern; check paths")
         count = 0
         for path in found:
-            for file, format in _files_below(path, source, named=path == Path(pattern)):
+            named = path == Path(pattern)
+            for file, format in _files_below(path, source, named=named, walked=set()):
                 count += 1
-                yield file, format
+                if (real := os.path.realpath(file)) not in reached:
+                    reached.add(real)
+                    yield file, format
         if count == 0:
             raise DataError(
                 f"{pattern}: no file with a known ending ({' '.join(_ENDINGS)}, also followed by"
@@ -253,15 +263,21 @@ def _matches(pattern: str) -> list[Path]:
     return [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
 
 
-def _files_below(path: Path, source: TextSource, *, named: bool) -> Iterator[tuple[Path, Format]]:
+def _files_below(
+    path: Path, source: TextSource, *, named: bool, walked: set[str]
+) -> Iterator[tuple[Path, Format]]:
     if path.is_dir():
+        # A link may lead to a folder again, even from within it.
+        if (real := os.path.realpath(path)) in walked:
+            return
+        walked.add(real)
         if source.format in ("auto", "huggingface") and readers.is_huggingface(path):
             for file in readers.huggingface_files(path, source.split):
                 yield file, "arrow"
             return
         for child in sorted(path.iterdir()):
             if not child.name.startswith("."):
-                yield from _files_below(child, source, named=False)
+                yield from _files_below(child, source, named=False, walked=walked)
         return
     format = _format_of(path)
     if source.format not in ("auto", "huggingface"):

@@ -114,7 +114,7 @@ def test_zstandard_frames_and_a_file_that_breaks_off(tmp_path):
 
 def test_what_the_extra_brings_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    (tmp_path / "a.txt.zst").write_bytes(b"")
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28")
     with pytest.raises(
         DataError, match=r"zstandard; install it: pip install 'minilm_jax\[corpora\]'"
     ):

@@ -112,10 +112,31 @@ def test_a_missing_column_names_those_that_are_there(tmp_path):
         texts(tmp_path / "a.jsonl")
 
 
-def test_a_json_array_is_refused(tmp_path):
-    (tmp_path / "a.json").write_text('[{"text": "x"}]')
-    with pytest.raises(DataError, match="one JSON array"):
-        texts(tmp_path / "a.json")
+def test_a_column_is_missing_from_the_file_and_not_from_where_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALLEST_PART", 1000)
+    rows = [f'{{"text": "document {i}"}}' for i in range(100)] + ['{"pad": 1}'] * 300
+    for found, lines in ((True, rows), (False, rows[::-1])):
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        skipped = Counter()
+        parts = sources.split_source(TextSource(paths=(str(tmp_path),)))
+        assert len(parts) > 3
+        for part in parts:
+            if found:
+                assert all(d.text.startswith("document") for d in read_part(part, skipped=skipped))
+            else:
+                with pytest.raises(DataError, match="no column 'text'; it has pad"):
+                    next(read_part(part, skipped=skipped))
+        assert skipped == ({"no text": 300} if found else {})
+
+
+def test_a_json_array_is_refused_wherever_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALLEST_PART", 100)
+    (tmp_path / "a.json").write_text("[\n" + '{"text": "x"},\n' * 30 + "]")
+    parts = sources.split_source(TextSource(paths=(str(tmp_path),)))
+    assert len(parts) > 3
+    for part in parts:
+        with pytest.raises(DataError, match="one JSON array"):
+            next(read_part(part, skipped=Counter()))
 
 
 def test_a_truncated_gzip_is_an_error_or_a_counted_break(tmp_path):
@@ -126,6 +147,33 @@ def test_a_truncated_gzip_is_an_error_or_a_counted_break(tmp_path):
     skipped = Counter()
     found = texts(tmp_path / "a.txt.gz", skipped=skipped, broken_files="keep")
     assert len(found) > 100 and skipped == {"broken file": 1}
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
+def test_a_compressed_file_without_a_byte_is_broken(tmp_path, ending):
+    path = tmp_path / f"a.txt.{ending}"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.txt\..*is broken"):
+        texts(path)
+    skipped = Counter()
+    assert texts(path, skipped=skipped, broken_files="keep") == []
+    assert skipped == {"broken file": 1}
+
+
+def test_a_file_is_read_once_however_often_it_is_reached(tmp_path):
+    folder = tmp_path / "text"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.txt").write_text("one")
+    (folder / "b" / "b.txt").write_text("two")
+    (folder / "b" / "round").symlink_to(folder)
+    (folder / "c").symlink_to(folder / "b")
+    (folder / "d.txt").symlink_to(folder / "a.txt")
+    assert texts(folder) == ["one", "two"]
+    assert texts(f"{folder}/*", folder / "c", folder / "d.txt") == ["one", "two"]
+    assert texts(folder / "d.txt", folder) == ["one", "two"]
+    (folder / "e.txt").symlink_to(folder / "absent.txt")
+    with pytest.raises(DataError, match=r"e\.txt: cannot be read \(No such file"):
+        texts(folder)
 
 
 def test_paths_that_lead_nowhere_are_named(tmp_path):
