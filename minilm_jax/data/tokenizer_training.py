@@ -188,8 +188,13 @@ class _new_folder:  # noqa: N801 — a context manager reads as a function
     def __enter__(self) -> Path:
         if self._output.exists():
             raise DataError(f"{self._output}: exists already; give a new folder")
-        self._output.parent.mkdir(parents=True, exist_ok=True)
-        self._beside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self._output.parent))
+        try:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._beside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self._output.parent))
+        except OSError as error:
+            raise DataError(
+                f"{self._output}: cannot be made ({error.strerror}); give another folder"
+            ) from error
         self._beside.chmod(0o755)
         return self._beside
 

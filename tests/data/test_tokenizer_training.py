@@ -56,6 +56,9 @@ def test_nothing_is_left_where_it_cannot_be(documents, tmp_path):
     (tmp_path / "new").mkdir()
     with pytest.raises(DataError, match="exists already"):
         train_wordpiece(documents, output=tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be made .*; give another folder"):
+        train_wordpiece(documents, output=tmp_path / "file" / "new")
 
 
 def test_transformers_is_told_the_class_and_the_length(documents, tmp_path):
