@@ -93,7 +93,7 @@ def loop_cost(*, steps: int, log_every: int) -> np.ndarray:
     ):
         fit(
             step,
-            state,
+            lambda: state,
             None,
             batches,
             config=config,

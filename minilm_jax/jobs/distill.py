@@ -350,7 +350,7 @@ class _Run:
         ) as checkpoints:
             state = running.train(
                 devices.lift_step(train_step),
-                create_state(start(), optimizer),
+                lambda: create_state(start(), optimizer),
                 frozen,
                 lambda number: mask(train.at(number, rows=rows), number),
                 output=config.output,

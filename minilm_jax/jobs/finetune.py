@@ -5,6 +5,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -325,7 +326,7 @@ class _Training:
             nonfinite=config.train.nonfinite,
         )
         self.step = devices.lift_step(step)
-        self.start = create_state(params, self.optimizer)
+        self.start = partial(create_state, params, self.optimizer)
 
     def run(self) -> dict[str, Any]:
         """Returns the best evaluation's record, after what is left of the training."""

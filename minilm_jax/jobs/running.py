@@ -13,7 +13,7 @@ from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.hosts import fail_together, join, writes
+from minilm_jax.train.hosts import check_shared, fail_together, join, writes
 from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import PROFILE, Profile
@@ -75,6 +75,7 @@ def own_folder(
         with fail_together():
             if writes():
                 held.enter_context(open_run(output, described, override=override))
+        check_shared(output)
         yield
 
 
@@ -97,7 +98,7 @@ def open_checkpoints(
 
 def train(
     step: Callable[..., Any],
-    state: TrainState,
+    start: Callable[[], TrainState],
     frozen: Any,
     batch_at: Callable[[int], Mapping[str, np.ndarray]],
     *,
@@ -115,7 +116,7 @@ def train(
 
     Args:
       step: the lifted step.
-      state: the state to start from where there is no checkpoint.
+      start: makes the state to start from where there is no checkpoint.
       frozen: placed arguments that are not trained.
       batch_at: this process's rows of the batch of a step, counted from 0.
       output: the run's folder.
@@ -130,7 +131,7 @@ def train(
     """
     return fit(
         step,
-        state,
+        start,
         frozen,
         # Placed by the thread that makes it: the copy overlaps with the step before.
         lambda first: Prefetch(

@@ -5,8 +5,10 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -18,6 +20,8 @@ from minilm_jax.errors import ConfigError, UserError
 EXIT_INCOMPLETE = 2
 """As for anything a user can mend."""
 _SENTENCE_BYTES = 4096
+_LOOKS = 10
+"""At a folder that another process has written to, a second apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +143,38 @@ def fail_together() -> Iterator[None]:
                 error = UserError(said)
     if error is not None:
         raise error
+
+
+def check_shared(folder: Path) -> None:
+    """Raises UserError in every process unless all of them see the folder that one writes to."""
+    if jax.process_count() == 1:
+        return
+    mark = folder / ".seen-by-all"
+    token = multihost_utils.process_allgather(np.frombuffer(os.urandom(4), np.uint32))
+    expected = str(np.asarray(token).ravel()[0])
+    try:
+        if writes():
+            mark.write_text(expected)
+        with fail_together():
+            wait_for_all("a mark in the folder")
+            if not _appears(mark, expected):
+                raise UserError(
+                    f"process {jax.process_index()} on {socket.gethostname()} does not see the "
+                    f"run's folder {folder} that process 0 writes to: --output must lie on storage "
+                    "that all hosts share"
+                )
+    finally:
+        if writes():
+            mark.unlink(missing_ok=True)
+
+
+def _appears(mark: Path, expected: str) -> bool:
+    # Network file systems show a new file late.
+    for _ in range(_LOOKS):
+        if mark.exists() and mark.read_text() == expected:
+            return True
+        time.sleep(1)
+    return False
 
 
 def wait_for_all(where: str) -> None:

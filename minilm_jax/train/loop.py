@@ -109,7 +109,7 @@ class Stopped(UserError):  # noqa: N818 - an outcome, not a fault
 
 def fit(
     step: Callable[..., Any],
-    state: TrainState,
+    start: Callable[[], TrainState],
     frozen: Any,
     batches: Callable[[int], AbstractContextManager[Iterator[Any]]],
     *,
@@ -132,7 +132,8 @@ def fit(
 
     Args:
       step: the lifted step.
-      state: the state to start from where there is no checkpoint.
+      start: makes the state to start from where there is no checkpoint. Made here, because a caller
+        would keep the whole of it on one device as long as the run lasts.
       frozen: placed arguments that are not trained.
       batches: opens an iterator of placed batches from a step on; closed at the end.
       config: of the run.
@@ -154,8 +155,9 @@ def fit(
         little memory.
       CheckpointError: the disk has no room, a save has failed, or no checkpoint can be read.
     """
-    restored = checkpoints.restore(state, devices.shardings(state))
-    state = devices.place(state) if restored is None else restored
+    shapes = jax.eval_shape(start)
+    restored = checkpoints.restore(shapes, devices.shardings(shapes))
+    state = devices.place(start()) if restored is None else restored
     first = int(state.step)
     goodput = goodput or Goodput()
     goodput.begin(first)

@@ -1,6 +1,7 @@
 """One optimizer step as one per-device function; devices.py lifts it over the devices."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,7 +44,8 @@ def make_step(
       seed: of the run; the step's key is a function of (seed, step) alone.
       accumulate: micro-batches a step; memory falls, numbers stay.
       nonfinite: "stop" applies the update whatever it is (the loop stops the run); "skip" leaves
-        parameters and optimizer as they were when loss or gradient is not finite.
+        parameters and optimizer as they were when loss or gradient is not finite, and counts the
+        step: of the learning rate's schedule, too.
     """
 
     def step(
@@ -96,9 +98,10 @@ def make_step(
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
         if nonfinite == "skip":
             keep = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                (params, opt_state),
+                partial(_unless, finite),
                 (state.params, state.opt_state),
+                (params, opt_state),
+                is_leaf=_is_schedule,
             )
             params, opt_state = keep
         metrics = {
@@ -111,6 +114,15 @@ def make_step(
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def _unless(finite: Array, old: Any, new: Any) -> Any:
+    # The learning rate is a function of the step, and that goes on.
+    return new if _is_schedule(old) else jnp.where(finite, new, old)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def make_evaluation(loss_function: LossFunction) -> Callable[..., Loss]:

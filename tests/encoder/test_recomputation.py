@@ -170,14 +170,14 @@ def test_gradients_under_a_checked_shard_map(elements, monkeypatch):
     def gradient(params, batch):
         def total(params):
             hidden = encode(config, params, batch, key=jax.random.key(1)).last_hidden_state
-            return jnp.sum(hidden**4)
+            return jnp.sum(hidden**4) / 1000
 
         return jax.grad(total)(params)
 
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("data",))
     rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
-    near(jax.jit(mapped)(params, batch), jax.jit(gradient)(params, batch), 1e-3)
+    near(jax.jit(mapped)(params, batch), jax.jit(gradient)(params, batch), 1e-5)
 
 
 def test_what_waits_for_a_cotangent_has_nothing_sent_round_a_mesh():

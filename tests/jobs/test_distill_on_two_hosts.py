@@ -88,6 +88,16 @@ def test_two_processes_train_the_student_of_one(tmp_path, tiny_teacher, text_fil
     one, two = ((tmp_path / name / "config.json").read_text() for name in ("one", "two"))
     assert one == two
     assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["10", "20"]
+    # A folder that only one of them sees would have the others wait for its checkpoints.
+    apart = [
+        start(experiment, tmp_path / f"apart{process}", devices=4, options=[*hosts, str(process)])
+        for process in (0, 1)
+    ]
+    for process in apart:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        assert "process 1 on" in errors and "--output must lie on storage" in errors
+    assert not (tmp_path / "apart0" / ".seen-by-all").exists()
     # What one of them refuses for all, both say, and neither waits for the other.
     refused = [
         start(

@@ -81,7 +81,7 @@ def train(folder: Path, cache: Path, stage: str | None = None) -> None:
     ):
         fit(
             devices.lift_step(make_step(ragged_loss, optimizer, seed=3)),
-            state,
+            lambda: state,
             devices.place(frozen),
             stream,
             config=CONFIG,

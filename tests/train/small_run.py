@@ -24,7 +24,7 @@ ADAM = optax.adamw(0.01)
 
 def loss(params, frozen, batch, key):
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["rows"])
-    noise = jax.vmap(lambda k: jax.random.normal(k, (4,)))(keys)
+    noise = jax.vmap(lambda k: jax.random.normal(k, batch["x"].shape[1:]))(keys)
     error = ((batch["x"] + 0.1 * noise) @ params["kernel"] - batch["x"] @ frozen) ** 2
     count = jnp.float32(error.shape[0])
     return Loss(
@@ -48,6 +48,7 @@ def run(
     on_batch=None,
     optimizer=ADAM,
     evaluate=None,
+    width=4,
     **config,
 ):
     """One start of the run in `folder`; returns its final state."""
@@ -65,7 +66,7 @@ def run(
 
         yield generate()
 
-    params = {"kernel": np.eye(4, dtype=np.float32)}
+    params = {"kernel": np.eye(width, dtype=np.float32)}
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.keep,
@@ -74,8 +75,8 @@ def run(
     try:
         return fit(
             devices.lift_step(make_step(loss, optimizer, seed=1, nonfinite=config.nonfinite)),
-            create_state(params, optimizer),
-            devices.place(2 * np.eye(4, dtype=np.float32)),
+            lambda: create_state(params, optimizer),
+            devices.place(2 * np.eye(width, dtype=np.float32)),
             stream,
             config=config,
             devices=devices,

@@ -249,3 +249,34 @@ def test_other_devices_restore_the_same_state(tmp_path, whole):
     run(tmp_path)
     for devices in (Devices("pmap"), Devices("mesh", fsdp=4)):
         assert_same(jax.device_get(run(tmp_path, devices=devices)), jax.device_get(whole[0]))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_no_device_holds_whole_what_is_divided_over_all(tmp_path, resumed):
+    """What the run starts from, kept on one device, would take what dividing it saves."""
+    devices, width, held = Devices("mesh", fsdp=8), 1024, []
+
+    def batches(step):
+        return {**batch_at(step), "x": np.ones((8, width), np.float32)}
+
+    def measure(state):
+        on_first = {
+            shard.data.unsafe_buffer_pointer(): shard.data.nbytes
+            for x in jax.live_arrays()
+            for shard in x.addressable_shards
+            if shard.device == devices.devices[0]
+        }
+        held.append(sum(on_first.values()))
+        return Evaluation()
+
+    settings = {"devices": devices, "batches": batches, "width": width}
+    if resumed:
+        run(tmp_path, steps=1, **settings)
+    gc.collect()
+    measure(None)
+    run(tmp_path, steps=2, evaluate=measure, evaluate_every=1, **settings)
+    before, *during = held
+    each = 4 * width**2  # of kernel, two moments and the frozen kernel
+    assert len(during) == 2 - resumed
+    # An eighth of each, and of three of them once more while they are saved.
+    assert max(during) < before + each

@@ -102,6 +102,22 @@ def test_skip_leaves_parameters_and_optimizer_as_they_were(problem):
     assert state.step == 1
 
 
+def test_the_learning_rate_goes_on_over_a_skipped_step(problem):
+    """It is logged as a function of the step, and has to reach its end."""
+    params, frozen, batches = problem
+    broken = {**batches[0], "x": np.full_like(batches[0]["x"], np.nan)}
+    alternating = optax.sgd(lambda step: jnp.where(step % 2 == 0, 0.01, 0.0))
+
+    def trained(batches, optimizer):
+        state, _ = train((params, frozen, batches), Devices(), optimizer, nonfinite="skip")
+        return state.params["kernel"]
+
+    skipped = trained([batches[0], broken], alternating)
+    np.testing.assert_array_equal(skipped, trained(batches[:1], SGD))
+    after = trained([batches[0], broken, batches[1]], alternating)
+    assert np.abs(after - skipped).max() > 1e-3 * np.abs(skipped).max()
+
+
 AVERAGED = OptimizerConfig(
     name="sgd",
     learning_rate=0.01,

@@ -60,7 +60,7 @@ try:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = fit(
             devices.lift_step(make_step(ragged_loss, optimizer, seed=3)),
-            create_state(params, optimizer),
+            lambda: create_state(params, optimizer),
             devices.place(frozen),
             stream,
             config=config,
