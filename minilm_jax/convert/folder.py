@@ -12,7 +12,7 @@ from minilm_jax.convert.card import model_card
 from minilm_jax.convert.files import DTYPES, FLOATS, OnTensor
 from minilm_jax.convert.hf_config import from_hf_config, to_hf_config
 from minilm_jax.convert.hub import resolve
-from minilm_jax.convert.matching import Match, match_names, write_names
+from minilm_jax.convert.matching import ENCODER_ALONE, Match, match_names, write_names
 from minilm_jax.convert.model import Model, flatten, nest
 from minilm_jax.convert.orbax_form import is_orbax, read_orbax
 from minilm_jax.convert.output import replace_folder, write_json, write_manifest
@@ -142,7 +142,7 @@ def _read_leaves(
             if not np.array_equal(array, weights.owners[twin].read(twin), equal_nan=True):
                 raise CheckpointError(
                     f"{where} and {twin!r} must be the same tensor and differ: untied embeddings "
-                    f"are not supported; heads=() reads the encoder alone"
+                    f"are not supported; {ENCODER_ALONE}"
                 )
         bad = _count(lambda piece: ~np.isfinite(piece), array)
         if bad:
@@ -158,7 +158,7 @@ def _read_leaves(
         raise CheckpointError(
             f"{weights.path} holds NaN or infinite weights in {', '.join(sick[:10])}"
             f"{' …' if len(sick) > 10 else ''}: "
-            f"the checkpoint is broken; nonfinite=keep reads it anyway"
+            f"the checkpoint is broken; convert it with --allow-nonfinite to keep them"
         )
     return leaves, dtypes
 

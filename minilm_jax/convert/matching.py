@@ -8,6 +8,8 @@ from minilm_jax.convert.names import HEADS, TABLES, Row, Table
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import CheckpointError
 
+# The way out of whatever is wrong with heads.
+ENCODER_ALONE = "convert it with an empty --heads to keep the encoder alone"
 # DataParallel, torch.compile, Lightning and sentence-transformers wrap a model before it is saved.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "0.auto_model.", "auto_model.")
 
@@ -32,8 +34,6 @@ class Reading:
     matches: tuple[Match, ...]
     buffers: tuple[str, ...]
     """Names in this file that hold no parameter."""
-    skipped: tuple[str, ...]
-    """Names of heads that the file has and nobody asked for."""
 
 
 def match_names(
@@ -52,7 +52,8 @@ def match_names(
       file: what errors call the file.
       architectures: Hugging Face class names from config.json; they promise heads and tell
         classifiers apart that share a name.
-      heads: the heads to read; None reads what is there, () the encoder alone.
+      heads: the heads to read; None reads what is there, () the encoder alone, whatever else the
+        file holds.
 
     Raises:
       CheckpointError: names all unknown, missing and misshaped tensors together.
@@ -62,14 +63,12 @@ def match_names(
     chosen = _choose_heads(actual, table, file=file, architectures=architectures, heads=heads)
     rows = _rows(config, {"encoder", *chosen})
     classes = _classes(rows, actual, shapes)
-    claimed: set[str] = set()
     matches = []
     for row in rows:
         present = [name for name in (row.foreign, *row.twins) if name in actual]
         if row.part == "encoder" and "mlm" not in chosen:
             # The decoder tied to the word embeddings is then a head's tensor like any other.
             present = present[:1]
-        claimed.update(present)
         if not present:
             problems.append(f"missing {row.foreign} for {row.ours}")
             continue
@@ -93,16 +92,33 @@ def match_names(
         )
     buffers = [name for name in table.buffers if name in actual]
     known = {n for row in _rows(config, {"encoder", *HEADS}) for n in (row.foreign, *row.twins)}
-    skipped = [name for name in actual if name in known and name not in claimed]
-    leftover = set(actual) - claimed - set(buffers) - set(skipped)
-    problems.extend(f"unknown {actual[name]}" for name in sorted(leftover))
-    if problems:
-        raise CheckpointError(_report(file, config, problems, chosen))
-    return Reading(
-        matches=tuple(matches),
-        buffers=tuple(actual[name] for name in buffers),
-        skipped=tuple(actual[name] for name in skipped),
+    alone = heads is not None and not chosen
+    problems.extend(
+        f"unknown {actual[name]}"
+        for name in sorted(set(actual) - known - set(buffers))
+        if not alone or _is_in_encoder(name, actual[name], table)
     )
+    if problems:
+        helps = not alone and _encoder_reads(shapes, config=config, file=file)
+        way_out = f"; {ENCODER_ALONE}" if helps else ""
+        raise CheckpointError(_report(file, config, problems, chosen, way_out=way_out))
+    return Reading(matches=tuple(matches), buffers=tuple(actual[name] for name in buffers))
+
+
+def _is_in_encoder(name: str, in_file: str, table: Table) -> bool:
+    """Returns whether an unknown tensor lies in the backbone or beside the encoder's own."""
+    modules = {row.foreign.split(".")[0] for row in table.rows if row.part == "encoder"}
+    return name.split(".")[0] in modules or table.prefix in in_file.split(".")
+
+
+def _encoder_reads(
+    shapes: Mapping[str, Sequence[int]], *, config: EncoderConfig, file: str
+) -> bool:
+    try:
+        match_names(shapes, config=config, file=file, heads=())
+    except CheckpointError:
+        return False
+    return True
 
 
 def write_names(
@@ -231,7 +247,7 @@ def _which_classifier(
     if explained[both[0]] == explained[both[1]]:
         raise CheckpointError(
             f"{file}: `classifier` may belong to sequence_classifier or token_classifier and "
-            f"config.json's architectures does not say which: name it with heads"
+            f"config.json's architectures does not say which: name it with convert's --heads"
         )
     return max(both, key=lambda part: explained[part])
 
@@ -278,13 +294,18 @@ def _shape(row: Row, config: EncoderConfig, classes: Mapping[str, int]) -> tuple
     return tuple(sizes[n] if n in sizes else int(n) for n in row.shape.split())
 
 
-def _report(file: str, config: EncoderConfig, problems: Sequence[str], heads: Sequence[str]) -> str:
+def _report(
+    file: str,
+    config: EncoderConfig,
+    problems: Sequence[str],
+    heads: Sequence[str],
+    *,
+    way_out: str = "",
+) -> str:
     shown = problems[:50]
     more = f"\n  … and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
     return (
         f"{file} is not a complete {config.model_type} encoder"
         f"{' with ' + ', '.join(heads) if heads else ''} "
-        f"({len(problems)} problems; heads=() reads the encoder alone):\n  "
-        + "\n  ".join(shown)
-        + more
+        f"({len(problems)} problems{way_out}):\n  " + "\n  ".join(shown) + more
     )

@@ -45,7 +45,8 @@ class ConvertConfig:
     verify: bool = False
     """Compare the result byte for byte, and layer by layer with PyTorch where it is installed."""
     heads: tuple[str, ...] | None = None
-    """Heads to convert: pooler, mlm, sequence_classifier, …; none given converts all there are."""
+    """Heads to convert: pooler, mlm, sequence_classifier, …; all there are without --heads, and
+    with an empty one the encoder alone."""
     sha256: str | None = None
     """What the source's weights must hash to; checked before they are parsed."""
     tokenizer: Literal["copy", "none"] = "copy"
@@ -57,10 +58,10 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         if self.max_shard_gb <= 0:
-            raise ConfigError(f"max_shard_gb must be positive, got {self.max_shard_gb}")
+            raise ConfigError(f"--max-shard-gb must be positive, got {self.max_shard_gb}")
         if self.to != "huggingface" and self.dtype not in ("source", "float32"):
             raise ConfigError(
-                f"dtype={self.dtype} is for --to huggingface; --to {self.to} stores float32"
+                f"--dtype {self.dtype} is for --to huggingface; --to {self.to} stores float32"
             )
 
 

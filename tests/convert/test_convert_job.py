@@ -94,8 +94,8 @@ def test_progress_goes_to_stderr(config, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"to": "orbax", "dtype": "float16"}, "dtype=float16 is for --to huggingface"),
-        ({"max_shard_gb": 0.0}, "max_shard_gb must be positive"),
+        ({"to": "orbax", "dtype": "float16"}, "--dtype float16 is for --to huggingface"),
+        ({"max_shard_gb": 0.0}, "--max-shard-gb must be positive"),
     ],
 )
 def test_settings_that_fit_nothing(changes, says, config):

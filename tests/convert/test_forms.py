@@ -14,6 +14,7 @@ import safetensors.numpy
 import torch_archive as ta
 from small_models import CONFIG, bert_weights, save_weights, small_bert
 
+from minilm_jax import cli
 from minilm_jax.convert import hub
 from minilm_jax.convert.apply import outputs
 from minilm_jax.convert.export import load_export, write_export
@@ -115,6 +116,29 @@ def test_41_heads_are_read_as_asked(tmp_path):
     assert set(read_model(folder, heads=()).params) == {"encoder"}
     with pytest.raises(CheckpointError, match=r"missing bert\.pooler|missing pooler"):
         read_model(folder, heads=("pooler",))
+
+
+def test_41_the_encoder_alone_of_a_file_that_holds_more(good, tmp_path, capsys):
+    more = {"foo.bar": np.ones(3, np.float32)}
+    folder = _folder(tmp_path, bert_weights() | more, architectures=["BertForMaskedLM"])
+    command = ["convert", str(folder), str(tmp_path / "out"), "--tokenizer", "none"]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert "unknown foo.bar" in said and "convert it with an empty --heads" in said
+    assert cli.main([*command, "--heads"]) == 0
+    params = {"encoder": good.params["encoder"]}
+    _same(dataclasses.replace(good, params=params), read_model(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "name", ["embeddings.scale", "encoder.layer.0.gate.bias", "bert.foo.bar", "module.bert.foo.bar"]
+)
+def test_41_what_is_unknown_in_the_encoder_is_never_left_out(name, tmp_path):
+    folder = _folder(tmp_path, bert_weights() | {name: np.ones(3, np.float32)})
+    for heads in (None, ()):
+        with pytest.raises(CheckpointError, match=f"unknown {name}") as refused:
+            read_model(folder, heads=heads)
+        assert "--heads" not in str(refused.value)
 
 
 def test_one_classifier_name_for_two_heads(tmp_path):
