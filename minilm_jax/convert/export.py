@@ -97,7 +97,7 @@ def write_export(
         if check is not None:
             check(partial)
 
-    return replace_folder(Path(folder), fill, source=model.tokenizer_folder)
+    return replace_folder(Path(folder), fill, source=model.folder)
 
 
 def input_names(model: Model) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def read_model(
         hf_config=hf_config,
         source=str(source),
         fingerprint=fingerprint,
-        tokenizer_folder=folder if any((folder / f).exists() for f in TOKENIZER_FILES) else None,
+        folder=folder,
         sentence=read_sentence(folder, max_length=config.max_length),
         stored_dtypes=dtypes,
     )
@@ -285,7 +285,7 @@ def write_model(
         if check is not None:
             check(partial)
 
-    return replace_folder(target, fill, source=model.tokenizer_folder)
+    return replace_folder(target, fill, source=model.folder)
 
 
 def _code(model: Model, match: Match, dtype: Dtype) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm_jax.convert.sentence import Sentence
+from minilm_jax.data.tokenizers import TOKENIZER_FILES
 from minilm_jax.encoder.config import EncoderConfig
 
 
@@ -23,12 +24,20 @@ class Model:
     """The folder, file or Hub id it was read from."""
     fingerprint: str = ""
     """SHA-256 of the weights; of the lines "<name> <sha256>" where there are several files."""
-    tokenizer_folder: Path | None = None
-    """Where the source's tokenizer files lie."""
+    folder: Path | None = None
+    """Where the source lies on this machine."""
     sentence: Sentence | None = None
     """How the source makes sentence embeddings, if it is a sentence-transformers folder."""
     stored_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     """Each parameter's dtype in the source, by path; empty for a model trained here."""
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The source's folder, None where no tokenizer lies in it."""
+        folder = self.folder
+        if folder is None or not any((folder / name).exists() for name in TOKENIZER_FILES):
+            return None
+        return folder
 
 
 def flatten(params: Mapping[str, Any], *, path: str = "") -> Iterator[tuple[str, Any]]:

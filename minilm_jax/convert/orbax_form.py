@@ -1,6 +1,9 @@
-"""Our own form: an Orbax checkpoint of the parameters beside config.json and the tokenizer."""
+"""Our own form: an Orbax checkpoint of the parameters beside config.json, tokenizer and pooling."""
 
+import errno
 import hashlib
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ from minilm_jax.convert.hf_config import from_hf_config, to_hf_config
 from minilm_jax.convert.matching import write_names
 from minilm_jax.convert.model import Model, flatten, nest
 from minilm_jax.convert.output import replace_folder, write_json, write_manifest
+from minilm_jax.convert.sentence import read_sentence, write_sentence
 from minilm_jax.convert.strict_json import read_json
 from minilm_jax.errors import CheckpointError
 
@@ -33,19 +37,37 @@ def write_orbax(
       tokenizer_files: copied along.
       check: called on the finished folder before it takes its name; what it raises undoes all.
     """
-    import orbax.checkpoint as ocp
 
     def fill(partial: Path) -> None:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((partial / PARAMETERS).resolve(), model.params)
+        _save(model.params, partial / PARAMETERS)
         write_json(partial / "config.json", to_hf_config(model.config, model.hf_config))
         for file in tokenizer_files:
             shutil.copyfile(file, partial / file.name)
+        if model.sentence is not None:
+            write_sentence(partial, model.sentence, width=model.config.hidden_size)
         write_manifest(partial, source=model.source, sha256=model.fingerprint)
         if check is not None:
             check(partial)
 
-    return replace_folder(Path(folder), fill, source=model.tokenizer_folder)
+    return replace_folder(Path(folder), fill, source=model.folder)
+
+
+def _save(params: dict[str, Any], folder: Path) -> None:
+    """Returns nothing; writes `params`, with an OSError where the disk refuses."""
+    import orbax.checkpoint as ocp
+
+    # Looked up first: Orbax prints a traceback for each write it had begun when a disk fills up.
+    if sum(leaf.nbytes for _, leaf in flatten(params)) > shutil.disk_usage(folder.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.resolve(), params)
+    except ValueError as error:
+        # What its storage makes of the system's errors.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def is_orbax(folder: Path) -> bool:
@@ -96,5 +118,6 @@ def read_orbax(folder: Path, *, sha256: str | None) -> Model:
         hf_config=hf_config,
         source=str(folder),
         fingerprint=digest.hexdigest(),
-        tokenizer_folder=folder,
+        folder=folder,
+        sentence=read_sentence(folder, max_length=config.max_length),
     )

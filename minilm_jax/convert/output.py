@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,50 +62,88 @@ def is_own_output(folder: Path) -> bool:
     )
 
 
-def _clear_up(target: Path) -> None:
-    """Returns nothing; undoes what killed writes of `target` left half done beside it."""
-    ours = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-\d+")
-    for left in target.parent.iterdir() if target.parent.is_dir() else ():
-        match = ours.fullmatch(left.name)
-        if match and match[1] == "old" and not target.exists():
-            left.rename(target)
-        elif match:
-            shutil.rmtree(left)
-
-
 def replace_folder(
     target: Path, fill: Callable[[Path], None], *, source: Path | None = None
 ) -> Path:
     """Returns `target` after `fill` wrote a folder beside it that was then renamed to it.
 
+    Where `target` is a link, the folder that it leads to is replaced and the link stays.
+
     A write that fails leaves the old state. So does one that is killed, but for the instant between
-    its two renames: the old folder then lies beside as `.NAME.old-…`, and the next write puts it
-    back before anything else. What killed writes left beside the target is removed.
+    its two renames: the old folder then lies beside as `.NAME.old-…`, and the next write on the
+    same host puts it back before anything else. What killed writes left beside the target is
+    removed; writes that run at the same time leave each other alone, and the last one stays.
 
     Raises:
-      CheckpointError: `target` holds something that this package did not write, or is the source.
+      CheckpointError: `target` holds something that this package did not write, is the source, or
+        holds the current directory.
     """
-    if source is not None and target.resolve() == source.resolve():
-        raise CheckpointError(f"{target} is the source itself: choose another target")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
-        _clear_up(target)
-        empty = target.is_dir() and not any(target.iterdir())
-        if target.exists() and not empty and not (target.is_dir() and is_own_output(target)):
+        # Not Path.resolve, which raises a RuntimeError where links lead in a circle.
+        folder = Path(os.path.realpath(target))
+        if source is not None and folder == source.resolve():
+            raise CheckpointError(f"{target} is the source itself: choose another target")
+        if Path.cwd().is_relative_to(folder):
             raise CheckpointError(
-                f"{target} exists and is no untouched output of ours: choose another"
+                f"{target} holds the current directory, which would be replaced: "
+                "choose another target, or run from elsewhere"
             )
-        partial.mkdir(parents=True)
-        fill(partial)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
+        _clear_up(folder)
+        _refuse_work_of_others(folder)
+        _write_and_rename(folder, fill)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def _refuse_work_of_others(folder: Path) -> None:
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not is_own_output(folder):
+        raise CheckpointError(f"{folder} exists and is no untouched output of ours: choose another")
+
+
+def _write_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:
+    mine = f"{socket.gethostname()}-{os.getpid()}"
+    partial = folder.with_name(f".{folder.name}.partial-{mine}")
+    old = folder.with_name(f".{folder.name}.old-{mine}")
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        _refuse_work_of_others(folder)  # Again: filling took its time.
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    return target
+
+
+def _clear_up(folder: Path) -> None:
+    """Returns nothing; undoes what killed writes of `folder` left half done beside it.
+
+    Storage may be shared: only this host's processes are known to be dead.
+    """
+    host = re.escape(socket.gethostname())
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.(partial|old)-{host}-(\d{{1,9}})")
+    for left in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        match = ours.fullmatch(left.name)
+        if match is None or _is_running(int(match[2])):
+            continue
+        if match[1] == "old" and not folder.exists():
+            left.rename(folder)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return False  # Numbers come again: this process has not yet written anything.
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # Another user's.
+    return True

@@ -8,7 +8,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
+import socket
 import struct
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -605,12 +608,44 @@ def test_21_legacy_file_without_torch_says_what_to_install(tmp_path, monkeypatch
         read_model(folder)
 
 
-def test_50_target_is_the_source(convert, tmp_path, capsys):
-    folder = small_bert(tmp_path / "source")
+@pytest.mark.parametrize("to", ["huggingface", "orbax", "export"])
+def test_50_target_is_the_source(to, convert, tmp_path, capsys):
+    """Also where it is an untouched output of ours, which another source would replace."""
+    folder = write_model(read_model(small_bert(tmp_path / "source")), tmp_path / "ours")
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    assert convert(folder, folder, "--tokenizer", "none") == 2
-    assert str(folder) in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(folder)
+    for target in (folder, tmp_path / "link"):
+        assert convert(folder, target, "--tokenizer", "none", "--to", to) == 2
+        assert f"{target} is the source itself: choose another" in capsys.readouterr().err
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+
+
+def test_50_target_is_a_link(convert, tmp_path, capsys):
+    folder = small_bert(tmp_path / "source")
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for dtype in ("float16", "bfloat16"):
+        assert convert(folder, link, "--tokenizer", "none", "--dtype", dtype) == 0
+        assert f"written to {link}" in capsys.readouterr().out
+    assert link.readlink() == real
+    assert read_model(real).stored_dtypes.popitem()[1] == "BF16"
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+    link.unlink()
+    link.symlink_to(link)
+    assert convert(folder, link, "--tokenizer", "none") == 2
+    assert f"{link} cannot be written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "source"]
+
+
+@pytest.mark.parametrize("target", [".", "./", "..", "/"])
+def test_50_target_holds_the_current_directory(target, convert, tmp_path, capsys, monkeypatch):
+    folder = small_bert(tmp_path / "source")
+    here = tmp_path / "parent" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert convert(folder, target, "--tokenizer", "none") == 2
+    assert "holds the current directory" in capsys.readouterr().err
+    assert [list(here.iterdir()), list(here.parent.iterdir())] == [[], [here]]
 
 
 def test_50_target_holds_somebodys_work(convert, tmp_path, capsys):
@@ -658,15 +693,24 @@ def test_50_crash_in_the_middle_leaves_the_old_output(stage, tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
 
 
+def _dead() -> int:
+    """Returns the number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def test_50_what_killed_writes_left_is_put_right(tmp_path):
     """One was killed between its two renames, one in the middle; process ids come again."""
+    host = socket.gethostname()
     model = read_model(small_bert(tmp_path / "source"))
     target = write_model(model, tmp_path / "target")
     before = {f.name: f.read_bytes() for f in target.iterdir()}
-    target.rename(tmp_path / ".target.old-7")
-    for process in (7, 8, os.getpid()):
-        (tmp_path / f".target.partial-{process}").mkdir()
-        (tmp_path / f".target.partial-{process}" / "config.json").touch()
+    dead = _dead()
+    target.rename(tmp_path / f".target.old-{host}-{dead}")
+    for process in (dead, os.getpid()):
+        (tmp_path / f".target.partial-{host}-{process}").mkdir()
+        (tmp_path / f".target.partial-{host}-{process}" / "config.json").touch()
     (tmp_path / ".target.old-thesis").mkdir()
 
     def fails(folder):
@@ -677,6 +721,82 @@ def test_50_what_killed_writes_left_is_put_right(tmp_path):
     assert {f.name: f.read_bytes() for f in target.iterdir()} == before
     there = sorted(path.name for path in tmp_path.iterdir())
     assert there == [".target.old-thesis", "source", "target"]
+
+
+def test_50_what_others_are_writing_is_left_alone(tmp_path):
+    """They run beside this process, or on a host that shares the disk."""
+    model = read_model(small_bert(tmp_path / "source"))
+    running = f"{socket.gethostname()}-{os.getppid()}"
+    for process in (running, f"elsewhere-{_dead()}"):
+        for state in ("partial", "old"):
+            (tmp_path / f".target.{state}-{process}").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    write_model(model, tmp_path / "target")
+    assert {path.name for path in tmp_path.iterdir()} == before | {"target"}
+
+
+def test_50_of_two_writes_at_once_the_last_stays(tmp_path):
+    model = read_model(small_bert(tmp_path / "source"))
+    target = tmp_path / "target"
+
+    def meanwhile(folder):
+        code = (
+            "import sys; from pathlib import Path; from minilm_jax.convert.output import *\n"
+            "def fill(f): write_json(f / 'a.json', {}); write_manifest(f, source='', sha256='')\n"
+            "replace_folder(Path(sys.argv[1]), fill)"
+        )
+        subprocess.run([sys.executable, "-c", code, target], check=True)
+        assert (target / "a.json").is_file()
+
+    write_model(model, target, check=meanwhile)
+    assert (target / "model.safetensors").is_file() and not (target / "a.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_50_what_appeared_meanwhile_is_not_replaced(tmp_path):
+    model = read_model(small_bert(tmp_path / "source"))
+    target = tmp_path / "target"
+
+    def meanwhile(folder):
+        target.mkdir()
+        (target / "thesis.tex").write_text("three years")
+
+    with pytest.raises(CheckpointError, match="no untouched output of ours"):
+        write_model(model, target, check=meanwhile)
+    assert [path.name for path in target.iterdir()] == ["thesis.tex"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_50_disk_too_small_for_orbax(convert, tmp_path, capsys, monkeypatch):
+    """That is seen before it writes: its storage fails in many lines."""
+    folder = small_bert(tmp_path / "source")
+    enough = shutil.disk_usage(tmp_path)
+    for free, status in ((5216 * 4 - 1, 2), (5216 * 4, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, f=free: enough._replace(free=f))
+        command = (folder, tmp_path / "target", "--to", "orbax", "--tokenizer", "none")
+        assert convert(*command) == status
+        assert ("No space left on device" in capsys.readouterr().err) == bool(status)
+        assert (tmp_path / "target").exists() != bool(status)
+
+
+def test_50_disk_that_fills_up_beneath_orbax(convert, tmp_path, capsys, monkeypatch):
+    """What its storage raises then, shortened."""
+    import orbax.checkpoint as ocp
+
+    folder = small_bert(tmp_path / "source")
+    said = "RESOURCE_EXHAUSTED: Error writing \"params/0\": Failed to write [os_error_code='28']"
+
+    def full(self):
+        raise ValueError(said)
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "wait_until_finished", full)
+    assert convert(folder, tmp_path / "target", "--to", "orbax", "--tokenizer", "none") == 2
+    assert capsys.readouterr().err.endswith("target cannot be written: No space left on device\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    said = "a bug"
+    with pytest.raises(ValueError, match="a bug"):
+        convert(folder, tmp_path / "target", "--to", "orbax", "--tokenizer", "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_50_target_that_cannot_be_written(convert, tmp_path, capsys):

@@ -443,12 +443,13 @@ def test_written_tokenizer_is_the_source(tmp_path):
 # Sentence embeddings
 
 
+@pytest.mark.parametrize("through", [write_model, write_orbax])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_sentence_transformers_settings_travel_along(pooling, normalize, good, tmp_path):
+def test_sentence_transformers_settings_travel_along(through, pooling, normalize, good, tmp_path):
     sentence = Sentence(pooling=pooling, normalize=normalize, max_length=12)
     write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "out")
-    again = read_model(tmp_path / "out")
+    again = read_model(through(read_model(tmp_path / "out"), tmp_path / "between"))
     assert again.sentence == sentence
     write_model(again, tmp_path / "again")
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
