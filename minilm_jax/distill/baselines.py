@@ -7,15 +7,16 @@ general distillation.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from minilm_jax.data.masking import NOT_PREDICTED, MaskingConfig
 from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params, batch_counts
 from minilm_jax.distill.objectives import check_layers, mean_squared_error, uniform_layers
+from minilm_jax.distill.relations_blocked import Wanted
 from minilm_jax.encoder.attention import Projections
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import EncoderOutput, encode
@@ -224,20 +225,15 @@ def soft_label_divergence(
 ) -> Mean:
     """Returns T² KL(softmax(t / T) ‖ softmax(s / T)) of the selected tokens' vocabulary scores."""
 
-    def divergence(
-        params: tuple[Params, Params],
-        teacher_hidden: Float[Array, "N Dt"],
-        student_hidden: Float[Array, "N Ds"],
-    ) -> Float[Array, "N"]:
-        wanted = mlm_logits(teacher[0], params[0], teacher_hidden, compute) / temperature
-        found = mlm_logits(student[0], params[1], student_hidden, compute) / temperature
-        log_wanted = jax.nn.log_softmax(jax.lax.stop_gradient(wanted))
-        log_found = jax.nn.log_softmax(found)
+    def divergence(ours: Inputs, theirs: Inputs) -> Float[Array, "N"]:
+        wanted = mlm_logits(teacher[0], *theirs, compute) / temperature
+        found = mlm_logits(student[0], *ours, compute) / temperature
+        log_wanted, log_found = jax.nn.log_softmax(wanted), jax.nn.log_softmax(found)
         return temperature**2 * jnp.sum(jnp.exp(log_wanted) * (log_wanted - log_found), axis=-1)
 
-    params = (mlm_params(teacher[1]), mlm_params(student[1]))
-    hidden = (teacher[2].last_hidden_state, student[2].last_hidden_state)
-    return over_selected(divergence, params, hidden, selected=selected)
+    ours = Inputs(mlm_params(student[1]), student[2].last_hidden_state)
+    theirs = Inputs(mlm_params(teacher[1]), teacher[2].last_hidden_state)
+    return over_selected(divergence, ours, theirs, selected=selected)
 
 
 def masked_cross_entropy(
@@ -245,23 +241,33 @@ def masked_cross_entropy(
 ) -> Mean:
     """Returns the cross entropy of the labels, mean over the tokens that have one."""
 
-    def cross_entropy(
-        params: Params, hidden: Float[Array, "N D"], labels: Int[Array, "N"]
-    ) -> Float[Array, "N"]:
-        log_scores = jax.nn.log_softmax(mlm_logits(config, params, hidden, compute))
-        return -jnp.take_along_axis(log_scores, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+    def cross_entropy(ours: Inputs, labels: Inputs) -> Float[Array, "N"]:
+        log_scores = jax.nn.log_softmax(mlm_logits(config, *ours, compute))
+        chosen = jnp.maximum(labels.tokens, 0)[:, None]
+        return -jnp.take_along_axis(log_scores, chosen, axis=-1)[:, 0]
 
-    labels = batch["labels"]
-    arrays = (output.last_hidden_state, labels)
-    return over_selected(
-        cross_entropy, mlm_params(params), arrays, selected=labels != NOT_PREDICTED
-    )
+    ours = Inputs(mlm_params(params), output.last_hidden_state)
+    labels = Inputs({}, batch["labels"])
+    selected = labels.tokens != NOT_PREDICTED
+    return over_selected(cross_entropy, ours, labels, selected=selected)
+
+
+class Inputs(NamedTuple):
+    """What a function of single tokens is computed from."""
+
+    params: Params
+    tokens: Array
+    """`[B, L, …]`; the function sees those of some tokens, `[N, …]`."""
+
+
+OfTokens = Callable[[Inputs, Inputs], Float[Array, "N"]]
+"""From what is learned and what is given to a value a token."""
 
 
 def over_selected(
-    function: Callable[..., Float[Array, "N"]],
-    params: Any,
-    arrays: tuple[Array, ...],
+    function: OfTokens,
+    learned: Inputs,
+    given: Inputs,
     *,
     selected: Bool[Array, "B L"],
 ) -> Mean:
@@ -269,53 +275,108 @@ def over_selected(
 
     Vocabulary scores of a whole batch are too large to exist at once, and most tokens are not
     masked. So each device brings the selected ones of its tokens to the front and takes them in
-    blocks, a block without any is not computed, and the backward pass computes each block again.
-    Exact for any number of selected tokens.
+    blocks; a block without any costs nothing. A gradient that is asked for is computed along with
+    the value, block by block. Exact for any number of selected tokens.
 
     Args:
-      function: from (params, *arrays `[N, …]`) to a value a token.
-      params: whatever else it depends on.
-      arrays: `[B, L, …]`.
+      function: of these arguments alone; no array may reach it by closure.
+      learned: what a gradient is returned for.
+      given: the teacher's, labels: no gradient reaches it.
       selected: which tokens count.
     """
-    return sum_over_rows(functools.partial(_in_blocks, function), params, (selected, arrays))
+
+    def of_rows(
+        params: tuple[Params, Params], rows: tuple[Array, Array, Bool[Array, "B L"]]
+    ) -> Mean:
+        learned, given = (Inputs(*x) for x in zip(params, rows[:2], strict=True))
+        total = _total(function, learned, given, rows[2])
+        return Mean(total=total, count=jnp.sum(rows[2], dtype=jnp.float32))
+
+    params = (learned.params, given.params)
+    return sum_over_rows(of_rows, params, (learned.tokens, given.tokens, selected))
 
 
-def _in_blocks(
-    function: Callable[..., Float[Array, "N"]],
-    params: Any,
-    rows: tuple[Bool[Array, "B L"], tuple[Array, ...]],
-) -> Mean:
-    selected, arrays = rows
-    flat = selected.reshape(-1)
-    blocks = -(-flat.size // TOKENS_A_BLOCK)
-    order = jnp.argsort(~flat, stable=True)
-    padding = blocks * TOKENS_A_BLOCK - flat.size
+class _Sums(NamedTuple):
+    """A function's sum over the selected tokens, and its gradient where wanted."""
 
-    def blocked(x: Array) -> Array:
-        x = x.reshape(-1, *x.shape[2:])[order]
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(blocks, TOKENS_A_BLOCK, *x.shape[1:])
+    total: Float[Array, ""]
+    gradient: Inputs | None = None
 
-    # In a scan nothing can be merged with the forward pass, and the barriers against it, the
-    # default, crash XLA's CPU backend (jaxlib 0.10.2).
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_block(chosen: Array, block: tuple[Array, ...]) -> Array:
-        return jnp.sum(jnp.where(chosen, function(params, *block), 0.0))
 
-    def add(total: Array, item: tuple[Array, tuple[Array, ...]]) -> tuple[Array, None]:
-        chosen, block = item
-        part = jax.lax.cond(
-            jnp.any(chosen), of_block, lambda *_: jnp.zeros((), jnp.float32), chosen, block
-        )
-        return total + part, None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(
+    function: OfTokens,
+    learned: Inputs,
+    given: Inputs,
+    selected: Bool[Array, "B L"],
+) -> Float[Array, ""]:
+    """Returns the function's sum over the selected tokens."""
+    return _sums(function, learned, given, selected, wanted="loss").total
 
-    total, _ = jax.lax.scan(
-        add,
-        jnp.zeros((), jnp.float32),
-        (blocked(selected), tuple(blocked(x) for x in arrays)),
+
+def _forward(
+    function: OfTokens, learned: Inputs, given: Inputs, selected: Bool[Array, "B L"]
+) -> tuple[Float[Array, ""], Inputs | None]:
+    sums = _sums(function, learned, given, selected, wanted="loss and gradients")
+    return sums.total, sums.gradient
+
+
+def _backward(
+    function: OfTokens,
+    gradient: Inputs,
+    cotangent: Float[Array, ""],
+) -> tuple[Inputs, None, None]:
+    return jax.tree.map(lambda x: (cotangent * x).astype(x.dtype), gradient), None, None
+
+
+_total.defvjp(_forward, _backward)
+
+
+def _sums(
+    function: OfTokens,
+    learned: Inputs,
+    given: Inputs,
+    selected: Bool[Array, "B L"],
+    *,
+    wanted: Wanted,
+) -> _Sums:
+    shape = selected.shape
+    selected = selected.reshape(-1)
+    learned, given = (
+        x._replace(tokens=x.tokens.reshape(-1, *x.tokens.shape[2:])) for x in (learned, given)
     )
-    return Mean(total=total, count=jnp.sum(flat, dtype=jnp.float32))
+    # Places of the selected tokens first; what fills the last block has places behind the end.
+    filled = jnp.pad(selected, (0, -selected.size % TOKENS_A_BLOCK))
+    order = jnp.argsort(~filled, stable=True)
+    blocks = (jnp.sum(selected) + TOKENS_A_BLOCK - 1) // TOKENS_A_BLOCK
+
+    def add(index: Array, sums: _Sums) -> _Sums:
+        first = index * TOKENS_A_BLOCK
+        places = jax.lax.dynamic_slice_in_dim(order, first, TOKENS_A_BLOCK)
+
+        def take(inputs: Inputs) -> Inputs:
+            return inputs._replace(tokens=inputs.tokens.at[places].get(mode="clip"))
+
+        def of_block(block: Inputs) -> Float[Array, ""]:
+            return jnp.sum(jnp.where(filled[places], function(block, take(given)), 0.0))
+
+        if sums.gradient is None:
+            return _Sums(sums.total + of_block(take(learned)))
+        value, found = jax.value_and_grad(of_block)(take(learned))
+        put = sums.gradient.tokens.at[places].set
+        gradient = Inputs(
+            params=jax.tree.map(jnp.add, sums.gradient.params, found.params),
+            tokens=put(found.tokens, mode="drop", unique_indices=True),
+        )
+        return _Sums(sums.total + value, gradient)
+
+    nothing = jax.tree.map(jnp.zeros_like, learned) if wanted == "loss and gradients" else None
+    sums = jax.lax.fori_loop(0, blocks, add, _Sums(jnp.zeros((), jnp.float32), nothing))
+    if sums.gradient is None:
+        return sums
+    tokens = sums.gradient.tokens
+    tokens = tokens.reshape(*shape, *tokens.shape[1:])
+    return sums._replace(gradient=sums.gradient._replace(tokens=tokens))
 
 
 def mlm_params(params: Params) -> Params:

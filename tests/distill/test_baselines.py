@@ -13,7 +13,7 @@ from minilm_jax.distill import baselines
 from minilm_jax.distill.baselines import TinyBertObjective, distilbert, mlm, soft_labels
 from minilm_jax.distill.objectives import RelationObjective, uniform_layers
 from minilm_jax.encoder.config import Compute, EncoderConfig
-from minilm_jax.encoder.encoder import encode, init_params
+from minilm_jax.encoder.encoder import EncoderOutput, encode, init_params
 from minilm_jax.errors import ConfigError
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.state import create_state
@@ -189,6 +189,66 @@ def test_the_blocks_of_tokens_do_not_show(monkeypatch):
             assert found.terms[name].count == mean.count
     nothing = {**batch, "labels": jnp.full_like(batch["labels"], -1)}
     assert float(value(mlm(), student, teacher, nothing).value()) == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_blocks_are_those_of_all_tokens_at_once(dtype, monkeypatch):
+    """None selected, some, all; what is given gets no gradient."""
+    monkeypatch.setattr(baselines, "TOKENS_A_BLOCK", 7)
+    random = np.random.default_rng(0)
+    w = jnp.asarray(random.normal(size=(6, 3)), jnp.float32)
+    x, y = (jnp.asarray(random.normal(size=(4, 5, width)), dtype) for width in (6, 3))
+
+    def function(learned, given):
+        found = learned.tokens @ learned.params["w"].astype(dtype)
+        return (jnp.tanh(found) * given.tokens * given.params["scale"]).sum(-1)
+
+    def inputs(w, x, y):
+        return baselines.Inputs({"w": w}, x), baselines.Inputs({"scale": jnp.float32(2)}, y)
+
+    def blocked(w, x, y, selected):
+        return 3 * baselines.over_selected(function, *inputs(w, x, y), selected=selected).total
+
+    def plain(w, x, y, selected):
+        return 3 * jnp.where(selected, function(*inputs(w, x, y)), 0).sum()
+
+    for share in (0, 0.4, 1):
+        selected = jnp.asarray(random.random((4, 5)) < share)
+        found, expected = (
+            jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(w, x, y, selected)
+            for f in (blocked, plain)
+        )
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype
+            tolerance = 1e-5 if dtype == "float32" else 0.02
+            np.testing.assert_allclose(
+                *(np.asarray(v, np.float32) for v in (a, b)),
+                atol=tolerance * max(1, np.abs(b).max()),
+            )
+        assert not np.any(jax.jit(jax.grad(blocked, argnums=2))(w, x, y, selected))
+
+
+def test_tokens_that_are_not_selected_take_no_memory(monkeypatch):
+    """Blocks without one took a table's gradient each."""
+    monkeypatch.setattr(baselines, "TOKENS_A_BLOCK", 8)
+    config = dataclasses.replace(TEACHER, vocab_size=5000)
+    head = jax.eval_shape(lambda: baselines.init_mlm(jax.random.key(0), config))
+    table = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), jnp.float32)
+    params = {"encoder": {"embeddings": {"word": {"embedding": table}}}, "mlm": head}
+
+    def temporary(rows):
+        def loss(params, hidden, labels):
+            output = EncoderOutput((hidden,), ())
+            return baselines.masked_cross_entropy(
+                config, params, output, {"labels": labels}, Compute()
+            ).total
+
+        hidden = jax.ShapeDtypeStruct((rows, 8, config.hidden_size), jnp.float32)
+        labels = jax.ShapeDtypeStruct((rows, 8), jnp.int32)
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, hidden, labels)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(64) < 1.2 * temporary(2)
 
 
 VOCABULARY = pytest.mark.parametrize(
