@@ -132,11 +132,12 @@ def read_part(
     """
     spoken = part.question_language or part.language
     _check_language(task, part)
+    hidden = purpose == "evaluate" and part.split == "test"
     if task == "texts":
-        hidden = purpose == "evaluate" and part.split == "test"
         return read_texts(_own(task, data, part), labels=labels, hidden=hidden)
     if task == "questions":
-        return read_questions(_own(task, data, part), purpose=purpose, skips=skips)
+        file = _own(task, data, part)
+        return read_questions(file, purpose=purpose, skips=skips, hidden=hidden)
     if data.tfds is not None:
         return _read_tfds(task, data.tfds, part, purpose=purpose, skips=skips)
     if data.folder is None:

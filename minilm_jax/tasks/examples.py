@@ -1,7 +1,9 @@
 """What every reader yields, and the list of what a reader left out."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from minilm_jax.errors import DataError
 
@@ -44,13 +46,18 @@ class QuestionExample:
     id: str
     question: str
     context: str
-    answers: tuple[Answer, ...] = ()
-    """Gold answers; empty where there is none or the split hides them."""
+    answers: tuple[Answer, ...] | None = None
+    """Gold answers; empty where the context holds none, None where the split hides them."""
     language: str = "en"
     """Of the context and so of the answer: it decides MLQA's metric."""
     question_language: str = "en"
     origin: str = ""
     """File and line, or file and id."""
+
+    @property
+    def golds(self) -> list[str]:
+        """Texts of the gold answers."""
+        return [answer.text for answer in self.answers or ()]
 
 
 @dataclass
@@ -71,6 +78,20 @@ class Skips:
         summary = [f"skipped {count:,}: {reason}" for reason, count in self.counts.items()]
         hidden = sum(self.counts.values()) - len(self.listed)
         return summary + self.listed + ([f"… and {hidden:,} more"] if hidden else [])
+
+
+def check_gold(
+    examples: Sequence[TextExample] | Sequence[QuestionExample],
+    key: Literal["label", "answers"],
+) -> None:
+    """Raises DataError where some examples have `key` and others hide it: a figure needs all."""
+    hidden = [example for example in examples if getattr(example, key) is None]
+    if 0 < len(hidden) < len(examples):
+        raise DataError(
+            f"{hidden[0].origin}: {key} is missing where {len(examples) - len(hidden):,} of"
+            f" {len(examples):,} examples have it; give it to all of them, or to none to predict"
+            " them"
+        )
 
 
 def check_ids(ids: list[str], *, name: str) -> None:

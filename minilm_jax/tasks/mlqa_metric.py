@@ -67,5 +67,4 @@ def mlqa_scores(
 
 
 def _score(example: QuestionExample, predicted: str | None, language: str) -> ExactF1:
-    golds = [answer.text for answer in example.answers]
-    return best_of(predicted, golds, partial(normalize, language=language), str.split)
+    return best_of(predicted, example.golds, partial(normalize, language=language), str.split)

@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilm_jax.errors import DataError
-from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, TextExample, check_ids
+from minilm_jax.tasks.examples import (
+    QuestionExample,
+    Skips,
+    TextExample,
+    check_gold,
+    check_ids,
+)
 from minilm_jax.tasks.files import read_jsonl, read_tsv
 from minilm_jax.tasks.glue import class_name
-from minilm_jax.tasks.squad import answer_to_learn, read_squad
+from minilm_jax.tasks.squad import answer_to_learn, gold_answers, read_squad
 
 
 def read_texts(
@@ -46,12 +52,7 @@ def read_texts(
         )
     if not found:
         raise DataError(f"{file}: holds no example")
-    unlabelled = [example for example in found if example.label is None]
-    if 0 < len(unlabelled) < len(found):
-        raise DataError(
-            f"{unlabelled[0].origin}: label is missing where {len(found) - len(unlabelled):,} of"
-            f" {len(found):,} examples have one; give all of them one, or none to predict them"
-        )
+    check_gold(found, "label")
     check_ids([example.id for example in found], name=str(file))
     return found
 
@@ -65,26 +66,27 @@ def label_names(examples: list[TextExample], *, name: str) -> tuple[str, ...]:
 
 
 def read_questions(
-    file: Path, *, purpose: Literal["train", "evaluate"], skips: Skips
+    file: Path, *, purpose: Literal["train", "evaluate"], skips: Skips, hidden: bool = False
 ) -> list[QuestionExample]:
     """Returns the questions of a .json in SQuAD's format, or of a .jsonl.
 
     A .jsonl has an object a question: `id`, `question`, `context`, and `answers`, a list of
     `{"text", "answer_start"}` that is empty where the context does not answer it.
+
+    Args:
+      file: what to read.
+      purpose: as in `read_squad`.
+      skips: where skipped questions are counted and listed.
+      hidden: whether all answers may be missing: the file is to be predicted.
     """
     if file.suffix == ".json":
-        return read_squad(file, purpose=purpose, version="any", skips=skips)
+        return read_squad(file, purpose=purpose, version="any", skips=skips, hidden=hidden)
     found = []
     for number, (origin, row) in enumerate(read_jsonl(file)):
         question = _text(row, "question", origin)
         if not question.strip():
             raise DataError(f"{origin}: the question is empty; write one or remove the line")
-        answers: tuple[Answer, ...] = ()
-        for answer in row.get("answers") or ():
-            text = answer.get("text") if isinstance(answer, dict) else None
-            if not isinstance(text, str) or type(answer.get("answer_start")) is not int:
-                raise DataError(f"{origin}: an answer needs a text and an integer answer_start")
-            answers += (Answer(text=text, start=answer["answer_start"]),)
+        answers = gold_answers(row, origin, hidden=hidden)
         context = _text(row, "context", origin)
         if purpose == "train" and answers:
             answers = answer_to_learn(answers, context, origin, skips)
@@ -104,6 +106,7 @@ def read_questions(
         )
     if not found:
         raise DataError(f"{file}: holds no question")
+    check_gold(found, "answers")
     check_ids([example.id for example in found], name=str(file))
     return found
 

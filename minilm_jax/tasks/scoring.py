@@ -47,11 +47,13 @@ def score_texts(
 def score_questions(
     task: Task, examples: Sequence[QuestionExample], predicted: Mapping[str, Prediction]
 ) -> dict[str, float]:
-    """Returns exact match and F1; SQuAD 2.0's also at the threshold that is best on this part.
-
+    """Returns exact match and F1, SQuAD 2.0's also at the threshold that is best on this part;
+    none where the split hides its answers.
     The best threshold is looked for among the best spans, withheld or not: only then does every
     threshold mean what it would have given.
     """
+    if any(example.answers is None for example in examples):
+        return {}
     texts = {i: prediction.text for i, prediction in predicted.items()}
     match task.name:
         case "mlqa":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilm_jax.errors import DataError
-from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, check_ids
+from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, check_gold, check_ids
 from minilm_jax.tasks.files import read_json
 
 Version = Literal["1.1", "2.0", "any"]
@@ -17,6 +17,7 @@ def read_squad(
     purpose: Literal["train", "evaluate"],
     version: Version,
     skips: Skips,
+    hidden: bool = False,
     language: str = "en",
     question_language: str = "en",
 ) -> list[QuestionExample]:
@@ -28,6 +29,7 @@ def read_squad(
         as the official tools do; evaluation looks at the answers' texts only.
       version: 2.0 has questions without an answer, marked `is_impossible`; 1.1 has none.
       skips: where skipped questions are counted and listed.
+      hidden: whether all answers may be missing: the file is to be predicted.
       language: of the contexts.
       question_language: of the questions.
 
@@ -45,23 +47,23 @@ def read_squad(
         question = _text(qa, "question", origin)
         if not question.strip():
             raise DataError(f"{origin}: the question is empty; write one or remove it")
-        answers = _answers(qa, origin)
+        # The gold is what the official scripts take: no answers, whatever stands beside the mark.
+        answers = () if impossible else gold_answers(qa, origin, hidden=hidden)
         if impossible and version == "1.1":
             raise DataError(
                 f"{origin}: is_impossible stands in SQuAD 2.0 only; take task squad2 or the file"
                 " of version 1.1"
             )
         if purpose == "train" and not impossible:
-            answers = answer_to_learn(answers, context, origin, skips)
+            answers = answer_to_learn(answers or (), context, origin, skips)
             if not answers:
                 continue
         found.append(
             QuestionExample(
                 id=qa["id"],
-                # The gold is what the official scripts take: no answers, whatever is_impossible.
                 question=question,
                 context=context,
-                answers=() if impossible else answers,
+                answers=answers,
                 language=language,
                 question_language=question_language,
                 origin=origin,
@@ -74,6 +76,7 @@ def read_squad(
             f"{file}: no question has is_impossible, so it is SQuAD 1.1; take task squad1 or the"
             " file of version 2.0"
         )
+    check_gold(found, "answers")
     check_ids([example.id for example in found], name=str(file))
     return found
 
@@ -107,10 +110,26 @@ def _text(qa: dict[str, Any], key: str, origin: str) -> str:
     return qa[key]
 
 
-def _answers(qa: dict[str, Any], origin: str) -> tuple[Answer, ...]:
+def gold_answers(qa: dict[str, Any], origin: str, *, hidden: bool) -> tuple[Answer, ...] | None:
+    """Returns the list `answers` of a question; None where it is missing and may be.
+
+    Raises:
+      DataError: it is missing where it must not be, or holds something else than answers.
+    """
+    answers = qa.get("answers")
+    if answers is None:
+        if hidden:
+            return None
+        raise DataError(
+            f"{origin}: answers is missing beside {', '.join(qa)}; a list belongs there, empty"
+            " where the context does not answer the question"
+        )
+    if not isinstance(answers, list):
+        raise DataError(f"{origin}: answers is a {type(answers).__name__}; a list belongs there")
     found = []
-    for answer in qa.get("answers") or ():
-        text, start = answer.get("text"), answer.get("answer_start")
+    for answer in answers:
+        fields = answer if isinstance(answer, dict) else {}
+        text, start = fields.get("text"), fields.get("answer_start")
         if not isinstance(text, str) or type(start) is not int:
             raise DataError(f"{origin}: an answer needs a text and an integer answer_start")
         found.append(Answer(text=text, start=start))

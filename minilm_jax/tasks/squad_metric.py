@@ -39,9 +39,7 @@ def squad1_scores(
     """Returns `exact` and `f1` in percent; the best gold answer counts, no answer counts 0."""
     return percent(
         [
-            best_of(
-                predictions.get(example.id), [a.text for a in example.answers], normalize, str.split
-            )
+            best_of(predictions.get(example.id), example.golds, normalize, str.split)
             for example in examples
         ]
     )
@@ -102,7 +100,7 @@ def squad2_scores(
 
 def golds2(example: QuestionExample) -> list[str]:
     """Returns the gold answers that count: those not empty once normalised, or [""]."""
-    return [a.text for a in example.answers if normalize(a.text)] or [""]
+    return [gold for gold in example.golds if normalize(gold)] or [""]
 
 
 def _score2(example: QuestionExample, predicted: str) -> ExactF1:

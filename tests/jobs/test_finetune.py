@@ -510,9 +510,18 @@ def test_own_questions(bert, tmp_path):
     ]  # fmt: skip
     file = tmp_path / "q.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    data = TaskData(train=file, dev=file)
+    # What the test file hides is predicted, and not taken for unanswerable.
+    test = tmp_path / "test.jsonl"
+    hidden = [{k: v for k, v in row.items() if k != "answers"} for row in rows]
+    test.write_text("\n".join(map(json.dumps, hidden)))
+    data = TaskData(train=file, dev=file, test=test)
     result = finetune.run(make("questions", bert, data, tmp_path / "run", steps=40), say=quiet)
-    assert result.scores["dev-en"]["exact"] == 100.0
+    assert result.selection == 100.0 and result.scores == {"test-en": {}}
+    predictions = tmp_path / "run/predictions/questions-test-en-predictions.json"
+    assert json.loads(predictions.read_text()) == {"a": "on the table", "b": ""}
+    with pytest.raises(DataError, match=r"test.jsonl:1: answers is missing beside id, question, c"):
+        wrong = TaskData(train=test, dev=file)
+        finetune.run(make("questions", bert, wrong, tmp_path / "wrong"), say=quiet)
 
 
 # Bad input

@@ -370,6 +370,44 @@ def test_own_questions(tmp_path, skips):
     assert skips.listed == [f"{file}:3: the answer does not stand in its context"]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_questions_without_answers_are_not_taken_for_unanswerable_ones(tmp_path, suffix):
+    """Only an empty list says that there is none: a key may be misspelt, or the answers hidden."""
+    file = tmp_path / f"q{suffix}"
+    context = "In Rome."
+
+    def read(*rows, hidden, purpose="evaluate"):
+        questions = [{"id": str(i), "question": "Where?", **row} for i, row in enumerate(rows)]
+        if suffix == ".json":
+            paragraphs = [{"context": context, "qas": questions}]
+            file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+        else:
+            file.write_text("\n".join(json.dumps(q | {"context": context}) for q in questions))
+        return read_questions(file, purpose=purpose, skips=Skips(), hidden=hidden)
+
+    gold = [{"text": "Rome", "answer_start": 3}]
+    misspelt = {"answer": gold}
+    origin = rf"q{suffix}(:2|, question '1')"
+    for purpose in ("train", "evaluate"):
+        with pytest.raises(
+            DataError, match=rf"{origin}: answers is missing beside id, que.*answer"
+        ):
+            read({"answers": gold}, misspelt, purpose=purpose, hidden=False)
+    assert [example.answers for example in read(misspelt, misspelt, hidden=True)] == [None, None]
+    empty = {"answers": []}
+    assert [example.answers for example in read(empty, empty, hidden=True)] == [(), ()]
+    with pytest.raises(
+        DataError, match=rf"{origin}: answers is missing where 2 of 3 examples have"
+    ):
+        read(empty, misspelt, empty, hidden=True)
+    for wrong, message in [
+        ({"text": ["Rome"], "answer_start": [3]}, "answers is a dict; a list belongs there"),
+        (["Rome"], "an answer needs a text and an integer answer_start"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            read({"answers": wrong}, hidden=False)
+
+
 def test_data_comes_from_one_place(tmp_path):
     for given in (
         {},
