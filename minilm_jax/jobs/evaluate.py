@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import platform
@@ -76,9 +77,14 @@ class PartData:
 
     part: Part
     examples: Sequence[TextExample] | Sequence[QuestionExample]
-    features: list[Feature]
     skips: Skips
     sha256: str
+    tokenize: Callable[[], list[Feature]]
+
+    @functools.cached_property
+    def features(self) -> list[Feature]:
+        """The examples as rows, made when first needed: a finished run never needs them."""
+        return self.tokenize()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,22 +287,24 @@ class Evaluator:
         self._predict = devices.lift_evaluation(predict)
 
     def read(self, data: TaskData, part: Part, *, limit: int = 0) -> PartData:
-        """Returns a part's examples as rows."""
+        """Returns a part's examples, which become rows when they are needed."""
         skips = Skips()
         labels = self._labels if self._task.name == "texts" else None
         examples: Sequence[Any] = read_part(
             self._task.name, data, part, purpose="evaluate", skips=skips, labels=labels
         )
         examples = examples[: limit or None]
-        if self._task.kind == "span":
-            features = question_features(
-                examples, self._tokenizer, config=self._lengths, purpose="evaluate", skips=skips
-            )
-        else:
+
+        def tokenize() -> list[Feature]:
+            if self._task.kind == "span":
+                return question_features(
+                    examples, self._tokenizer, config=self._lengths, purpose="evaluate", skips=skips
+                )
             hidden = [dataclasses.replace(example, label=None) for example in examples]
-            features = text_features(hidden, self._tokenizer, config=self._lengths)
+            return text_features(hidden, self._tokenizer, config=self._lengths)
+
         return PartData(
-            part=part, examples=examples, features=features, skips=skips, sha256=digest(examples)
+            part=part, examples=examples, skips=skips, sha256=digest(examples), tokenize=tokenize
         )
 
     def logits(self, params: Any, features: list[Feature]) -> list[np.ndarray]:

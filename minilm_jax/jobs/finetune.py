@@ -193,13 +193,9 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
     skips = Skips()
     examples = _training_examples(config, skips)
     labels = _labels(task, source, examples)
-    model, params = _start(config, task, source, labels)
-    batches = _batches(config, task, tokenizer, examples, labels, skips)
-    for line in skips.lines():
-        say(f"  {line}")
     evaluator = Evaluator(
         task,
-        model,
+        source,
         tokenizer,
         labels=labels,
         devices=devices,
@@ -208,14 +204,28 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
         batch=config.batch,
         compute=config.compute,
     )
-    # Read before the first step: a missing dev set must not come to light after an hour.
-    selection = [
-        evaluator.read(config.data, part, limit=config.limit) for part in selection_parts(config)
-    ]
-    reported = [
-        evaluator.read(config.data, part, limit=config.limit) for part in report_parts(config)
-    ]
-    described = describe(config, model=source.fingerprint, data=digest(examples))
+    # Read before the first step: a missing dev set must not come to light after an hour. A part
+    # that selects and is reported is read once.
+    selecting, reporting = selection_parts(config), report_parts(config)
+    parts = {
+        part: evaluator.read(config.data, part, limit=config.limit)
+        for part in dict.fromkeys(selecting + reporting)
+    }
+    described = describe(
+        config,
+        model=source.fingerprint,
+        data={"train": digest(examples), **{str(part): parts[part].sha256 for part in parts}},
+    )
+    if (config.output / RESULT).exists():
+        with own_folder(config.output, described, override=config.override):
+            result = FinetuneResult(**read_json(config.output / RESULT))
+        say(f"{config.output} is finished ({result.steps} steps); nothing left to do.")
+        _summarise(config, result, say)
+        return result
+    model, params = _start(config, task, source, labels)
+    batches = _batches(config, task, tokenizer, examples, labels, skips)
+    for line in skips.lines():
+        say(f"  {line}")
     training = _Training(
         config,
         model=model,
@@ -224,22 +234,18 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
         devices=devices,
         tokenizer=tokenizer,
         evaluator=evaluator,
-        selection=selection,
+        selection=[parts[part] for part in selecting],
         described=described,
         began=began,
         say=say,
     )
     with own_folder(config.output, described, override=config.override):
-        if (config.output / RESULT).exists():
-            result = FinetuneResult(**read_json(config.output / RESULT))
-            say(f"{config.output} is finished ({result.steps} steps); nothing left to do.")
-            _summarise(config, result, say)
-            return result
         say(
             f"{task.name}: {len(examples):,} examples, {len(batches.features):,} rows; model "
             f"{config.model}; {devices.count} × {devices.devices[0].platform}"
         )
         best = training.run()
+        reported = [parts[part] for part in reporting]
         result = _report(config, task, tokenizer, evaluator, reported, best, say)
         if writes():
             write_json(config.output / RESULT, dataclasses.asdict(result))

@@ -41,7 +41,7 @@ def open_devices(config: EngineConfig, *, batch_size: int) -> Devices:
     return devices
 
 
-def describe(config: Any, **fingerprints: str) -> dict[str, Any]:
+def describe(config: Any, **fingerprints: str | Mapping[str, str]) -> dict[str, Any]:
     """Returns a job's resolved config as JSON, with what it was given to read beside it."""
     plain = jsonable(dataclasses.asdict(config))
     # A field that takes one of several classes, such as an objective: two of equal fields differ.

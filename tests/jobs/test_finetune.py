@@ -371,6 +371,50 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_pat
         finetune.run(dataclasses.replace(config, optimizer=changed), say=quiet)
 
 
+def test_a_run_belongs_to_all_of_its_data(bert, tmp_path, monkeypatch):
+    """Else evaluations.json would hold figures of two dev sets, and choose between them."""
+    rows = [("good film", "Like"), ("bad film", "Dislike")] * 4
+    files = {
+        split: write_tsv(tmp_path / f"{split}.tsv", ("text", "label"), *rows)
+        for split in ("train", "dev", "test")
+    }
+    config = make("texts", bert, TaskData(**files), tmp_path / "run")
+
+    def power_cut(*_):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_report", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            finetune.run(config, say=quiet)
+    for split, file in files.items():
+        before = file.read_bytes()
+        file.write_bytes(before + b"plain film\tLike\n")
+        with pytest.raises(ConfigError, match=rf"fingerprints.data.{split}\S*: \"\w+\" -> "):
+            finetune.run(config, say=quiet)
+        file.write_bytes(before)
+    assert finetune.run(config, say=quiet).steps == 2
+
+
+def test_examples_become_rows_once_and_those_of_a_finished_run_never(
+    official, bert, tmp_path, monkeypatch
+):
+    tokenized = []
+    for job in (evaluate, finetune):
+        real = job.text_features
+
+        def counted(examples, *rest, real=real, **options):
+            tokenized.append(examples[0].origin.split("/")[-1])
+            return real(examples, *rest, **options)
+
+        monkeypatch.setattr(job, "text_features", counted)
+    config = make("rte", bert, official, tmp_path / "run")  # its dev set selects and is reported
+    result = finetune.run(config, say=quiet)
+    assert tokenized == ["train.tsv:2", "dev.tsv:2"]
+    assert finetune.run(config, say=quiet) == result
+    assert tokenized == ["train.tsv:2", "dev.tsv:2"]
+
+
 def test_it_is_watched_as_any_training_is(official, bert, tmp_path, monkeypatch):
     """The devices too are a setting of the run that is no part of what it computes."""
     shown = []
