@@ -5,7 +5,9 @@ that were fetched by hand instead.
 """
 
 import os
+import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -152,10 +154,7 @@ def prepare(name: str, *, data_dir: Path, files: Path) -> None:
     extracted = data_dir / "extracted"
     for archive in sorted(files.glob("*.zip")):
         # Its own extractor needs TensorFlow, and is not asked where this folder exists.
-        target = extracted / f"ZIP.{archive.name}"
-        if not target.exists():
-            with zipfile.ZipFile(archive) as opened:
-                opened.extractall(target)
+        _extract(archive, extracted / f"ZIP.{archive.name}")
     builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
     try:
         builder.download_and_prepare(
@@ -171,6 +170,20 @@ def prepare(name: str, *, data_dir: Path, files: Path) -> None:
         raise DataError(
             f"{name} cannot be prepared ({first}); put these files into {files}: {wanted}"
         ) from None
+
+
+def _extract(archive: Path, target: Path) -> None:
+    """Extracts beside, then renames: a folder that is there is whole."""
+    if target.exists():
+        return
+    beside = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(beside)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{archive}: is no whole zip archive ({error}); fetch it again") from None
+    beside.rename(target)
 
 
 def _import() -> Any:

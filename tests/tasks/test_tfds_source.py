@@ -118,6 +118,27 @@ def test_glue_and_squad_and_xnli_and_mlqa_by_name(tfds, monkeypatch, tmp_path):
         read("cola", data, "dev-mm")
 
 
+def test_a_damaged_archive_leaves_nothing_that_looks_whole(tfds, monkeypatch, tmp_path):
+    files, data = tmp_path / "files", tmp_path / "data"
+    files.mkdir()
+    archive = files / "CoLA.zip"
+    zip_folder(write_glue(tmp_path / "glue") / "CoLA", archive, inside="CoLA")
+    whole = archive.read_bytes()
+    with zipfile.ZipFile(archive) as opened:
+        last = opened.infolist()[-1].header_offset  # the files before it can be extracted
+    damaged = bytearray(whole)
+    damaged[last + 60] ^= 1
+    for broken, reason in [(bytes(damaged), "CRC-32"), (whole[:last], "not a zip file")]:
+        archive.write_bytes(broken)
+        for _ in range(2):
+            with pytest.raises(DataError, match=rf"CoLA.zip: is no whole .*{reason}.*fetch it aga"):
+                prepare("glue/cola", data_dir=data, files=files)
+    archive.write_bytes(whole)
+    expect(monkeypatch, tfds, "glue/cola", files)
+    prepare("glue/cola", data_dir=data, files=files)
+    assert len(read("cola", data, "train")) == 12
+
+
 def test_what_is_missing_is_named(tfds, monkeypatch, tmp_path):
     with pytest.raises(DataError, match="xnli is not prepared in"):
         read("xnli", tmp_path / "data", "test")
