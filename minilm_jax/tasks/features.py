@@ -25,7 +25,7 @@ class LengthConfig:
     def __post_init__(self) -> None:
         for name in ("max_length", "max_query_length", "doc_stride"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(f"lengths.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,10 @@ def text_features(
         paired = example.text_pair is not None
         room = config.max_length - _specials(tokenizer, paired=paired)
         if room < 1:
-            raise ConfigError(f"max_length={config.max_length} leaves no room for text")
+            raise ConfigError(
+                f"lengths.max_length={config.max_length} leaves no room for text; give a larger "
+                "--lengths.max-length"
+            )
         lengths = _shares(len(first[number]), len(second[number]), room=room)
         row = tokenizer.build(
             first[number][: lengths[0]], second[number][: lengths[1]] if paired else None
@@ -113,9 +116,10 @@ def question_features(
     smallest = config.max_length - config.max_query_length - overhead
     if smallest < config.doc_stride:
         raise ConfigError(
-            f"doc_stride={config.doc_stride} is longer than the window of {smallest} tokens that "
-            f"max_length={config.max_length} leaves beside a question of "
-            f"max_query_length={config.max_query_length}: text in between would never be read"
+            f"lengths.doc_stride={config.doc_stride} is longer than the window of {smallest} "
+            f"tokens that lengths.max_length={config.max_length} leaves beside a question of "
+            f"lengths.max_query_length={config.max_query_length}: text in between would never be "
+            "read; give a smaller --lengths.doc-stride or a larger --lengths.max-length"
         )
     questions = tokenizer.encode([example.question for example in examples])
     found = []
