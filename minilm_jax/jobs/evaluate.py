@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -102,6 +103,7 @@ class PartResult:
 def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[ResultRow]:
     """Returns the figures measured, after writing predictions, results.csv and tables.md."""
     names = model_names(config)
+    check_output(config.output)
     task = TASKS[config.task]
     devices = Devices(config.lift)
     devices.check_batch(config.batch.batch_size)
@@ -193,6 +195,22 @@ def check_name(name: str, task: Task, model: Model, results: Path) -> None:
             )
 
 
+def check_output(folder: Path) -> None:
+    """Makes the folder of an evaluation; ConfigError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise ConfigError(
+            f"output {folder} is a file, not a folder; choose another --output"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"output {folder} cannot be written to ({error.strerror}); choose another --output"
+        ) from None
+
+
 def load(source: str) -> tuple[Model, Tokenizer]:
     """Returns a model and its tokenizer.
 
@@ -251,9 +269,18 @@ def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str,
 
 
 def named_labels(model: Model) -> tuple[str, ...]:
-    """Returns `id2label` of the model's config in order; empty where there is none."""
+    """Returns `id2label` of the model's config in order; empty where there is none.
+
+    Raises:
+      ConfigError: its keys are not 0, 1, 2, …
+    """
     stored = model.hf_config.get("id2label") or {}
-    return tuple(str(stored[key]) for key in sorted(stored, key=int))
+    if not isinstance(stored, dict) or stored.keys() != {str(n) for n in range(len(stored))}:
+        raise ConfigError(
+            f"model {model.source}: id2label of its config.json is {json.dumps(stored):.80}; write "
+            'a name for each output there: {"0": "name", "1": "other name"}'
+        )
+    return tuple(str(stored[str(n)]) for n in range(len(stored)))
 
 
 class Evaluator:

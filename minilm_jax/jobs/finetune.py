@@ -107,6 +107,14 @@ class SweepConfig:
     seeds: tuple[int, ...] = ()
     """Figures of one learning rate and number of epochs become mean ± standard deviation."""
 
+    def __post_init__(self) -> None:
+        for name, values in vars(self).items():
+            if len(set(values)) < len(values):
+                raise ConfigError(
+                    f"sweep.{name} has a value twice ({', '.join(map(str, values))}); each is one "
+                    "run: give it once"
+                )
+
     @property
     def given(self) -> bool:
         """Whether there is anything to sweep."""
@@ -571,32 +579,12 @@ def _sweep(config: FinetuneConfig, say: Say) -> list[FinetuneResult]:
     The best setting is that of the best mean of the selecting figure; the tables show its seeds
     as mean ± standard deviation.
     """
-    sweep = config.sweep
-    rates = sweep.learning_rates or (config.optimizer.learning_rate,)
-    epochs = sweep.epochs or (config.schedule.epochs,)
-    seeds = sweep.seeds or (config.train.seed,)
-    name = config.name or config.output.name
     results: list[FinetuneResult] = []
     rows: list[ResultRow] = []
     settings: list[dict[str, Any]] = []
     began = time.monotonic()
     # All of them made before the first one runs: a value that cannot be is refused at once.
-    runs = {
-        (rate, passes): [
-            dataclasses.replace(
-                config,
-                output=config.output / f"lr{rate:g}-epochs{passes}-seed{seed}",
-                name=f"{name} lr {rate:g}, {passes} epochs",
-                optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
-                schedule=dataclasses.replace(config.schedule, epochs=passes),
-                train=dataclasses.replace(config.train, seed=seed),
-                sweep=SweepConfig(),
-            )
-            for seed in seeds
-        ]
-        for rate, passes in itertools.product(rates, epochs)
-    }
-    for (rate, passes), configs in runs.items():
+    for (rate, passes), configs in sweep_runs(config).items():
         found = []
         for inner in configs:
             say(f"\n{inner.output.name}")
@@ -608,7 +596,7 @@ def _sweep(config: FinetuneConfig, say: Say) -> list[FinetuneResult]:
             {
                 "learning_rate": rate,
                 "epochs": passes,
-                "seeds": list(seeds),
+                "seeds": [inner.train.seed for inner in configs],
                 "selection": values,
                 "mean": statistics.fmean(values),
                 "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -626,7 +614,30 @@ def _sweep(config: FinetuneConfig, say: Say) -> list[FinetuneResult]:
     for setting in settings:
         mark = "  best" if setting is best else ""
         say(
-            f"  lr {setting['learning_rate']:g}  epochs {setting['epochs']}  "
+            f"  lr {setting['learning_rate']}  epochs {setting['epochs']}  "
             f"{mean_and_deviation(setting['selection'])}{mark}"
         )
     return results
+
+
+def sweep_runs(config: FinetuneConfig) -> dict[tuple[float, int], list[FinetuneConfig]]:
+    """Returns the runs of a sweep, one a seed, by learning rate and epochs."""
+    sweep, name = config.sweep, config.name or config.output.name
+    rates = sweep.learning_rates or (config.optimizer.learning_rate,)
+    epochs = sweep.epochs or (config.schedule.epochs,)
+    return {
+        (rate, passes): [
+            dataclasses.replace(
+                config,
+                # Every digit of the rate: what is close by is still another run.
+                output=config.output / f"lr{rate}-epochs{passes}-seed{seed}",
+                name=f"{name} lr {rate}, {passes} epochs",
+                optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+                schedule=dataclasses.replace(config.schedule, epochs=passes),
+                train=dataclasses.replace(config.train, seed=seed),
+                sweep=SweepConfig(),
+            )
+            for seed in sweep.seeds or (config.train.seed,)
+        ]
+        for rate, passes in itertools.product(rates, epochs)
+    }

@@ -457,6 +457,19 @@ class Shown:
         pass
 
 
+def test_a_sweep_keeps_close_learning_rates_apart(tmp_path):
+    rates = (5e-5, 0.0012345678, 0.0012345679)
+    sweep = SweepConfig(learning_rates=rates, seeds=(1, 2))
+    runs = finetune.sweep_runs(make("cola", "model", tmp_path, tmp_path / "sweep", sweep=sweep))
+    configs = [config for found in runs.values() for config in found]
+    assert [config.optimizer.learning_rate for config in configs] == [
+        r for r in rates for _ in "12"
+    ]
+    assert len({config.output for config in configs}) == 6
+    assert len({config.name for config in configs}) == 3
+    assert configs[0].output.name == "lr5e-05-epochs3-seed1"
+
+
 @pytest.mark.slow
 def test_a_sweep_gives_mean_and_deviation_and_the_best_setting(official, bert, tmp_path):
     config = make(
@@ -588,6 +601,9 @@ def test_what_cannot_work_is_said_before_the_first_step(official, bert, tmp_path
         with pytest.raises(error, match=message):
             finetune.run(wrong, say=quiet)
         assert not (tmp_path / "run").exists()
+    for wrong in ({"learning_rates": (3e-5, 0.00003)}, {"epochs": (1, 1)}, {"seeds": (1, 2, 1)}):
+        with pytest.raises(ConfigError, match=rf"sweep.{next(iter(wrong))} has a value twice"):
+            SweepConfig(**wrong)
     for wrong in ({"epochs": 0}, {"patience": -1}, {"warmup_ratio": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ScheduleConfig(**wrong)
@@ -625,6 +641,10 @@ def test_a_model_is_not_scored_on_classes_it_does_not_name(official, bert, tmp_p
     stored["id2label"] = {"0": "not_entailment", "1": "entailment"}
     config_file.write_text(json.dumps(stored))
     assert score(tmp_path / "run")[0].value == pytest.approx(100 - expected[0].value)
+    stored["id2label"] = {"no": "not_entailment", "yes": "entailment"}
+    config_file.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r'best: id2label .* is {"no": "not_.* for each output'):
+        score(tmp_path / "run")
     stored["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}
     config_file.write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=r"calls its classes LABEL_0, LABEL_1; rte has"):
@@ -633,6 +653,19 @@ def test_a_model_is_not_scored_on_classes_it_does_not_name(official, bert, tmp_p
     assert score(tmp_path / "run", labels=labels)[0].value == expected[0].value
     with pytest.raises(ConfigError, match=r"labels: 3 names given for the model's 2 classes"):
         score(tmp_path / "run", labels=(*labels, "x"))
+
+
+def test_an_output_that_cannot_be_written_is_said_before_a_model_is_loaded(official, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, message in [("file", "is a file, not a folder"), ("file/x", "Not a directory")]:
+        config = EvaluateConfig(
+            task="rte",
+            models=("no/model",),
+            data=TaskData(folder=official),
+            output=tmp_path / output,
+        )
+        with pytest.raises(ConfigError, match=rf"{output} .*{message}.*; choose another --output"):
+            evaluate.run(config, say=quiet)
 
 
 def test_results_are_not_added_to_somebody_elses_file(official, bert, tmp_path):
