@@ -53,7 +53,8 @@ class EvaluateConfig:
     splits: tuple[str, ...] = ("dev",)
     """dev, test; also dev-mm, test-mm and ax of MNLI."""
     languages: tuple[str, ...] = ()
-    """Languages to evaluate; none given: all of the task."""
+    """Languages to evaluate; none given: all of the task, or own data as a whole. Own data has
+    its language in a column or key `language`, en where there is none."""
     pairs: Literal["same", "all"] = "same"
     """MLQA: question in the context's language (XLT), or all 49 pairs (G-XLT)."""
     labels: tuple[str, ...] = ()

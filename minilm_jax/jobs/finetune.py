@@ -134,11 +134,12 @@ class FinetuneConfig:
     data: TaskData
     output: Path
     """The run's folder: config, metrics, evaluations, checkpoints, the best model, tables."""
-    train_languages: tuple[str, ...] = ("en",)
-    """XNLI: English alone is zero-shot transfer; several are translate-train."""
+    train_languages: tuple[str, ...] = ()
+    """none given: English, or all rows of own data. XNLI: English alone is zero-shot transfer;
+    several are translate-train."""
     select_languages: tuple[str, ...] = ()
     """Dev sets that select checkpoints; none given: the task's own rule (XNLI: all 15 together,
-    MLQA: English)."""
+    MLQA: English; own data: all rows)."""
     report: Literal["task", "none"] = "task"
     """What the best model is scored on at the end: the split the papers report, or nothing."""
     name: str = ""
@@ -268,7 +269,7 @@ def selection_parts(config: FinetuneConfig) -> list[Part]:
     XNLI: the dev sets of all 15 languages together. MLQA: English dev, the only one zero-shot
     transfer may look at. GLUE and SQuAD report their dev sets, as the papers do.
     """
-    dev = Part(split="dev")
+    dev = Part(split="dev", language=TASKS[config.task].languages[0])
     if config.select_languages:
         return [dataclasses.replace(dev, language=code) for code in config.select_languages]
     return all_languages("xnli", dev) if config.task == "xnli" else [dev]
@@ -283,8 +284,8 @@ def report_parts(config: FinetuneConfig) -> list[Part]:
             return all_languages(config.task, Part(split="test"))
         case "mnli":
             return [Part(split="dev"), Part(split="dev-mm")]
-        case "texts" | "questions" if config.data.test is not None:
-            return [Part(split="test")]
+        case "texts" | "questions":
+            return [Part(split="dev" if config.data.test is None else "test", language="")]
         case _:
             return [Part(split="dev")]
 
@@ -441,7 +442,7 @@ def head_dropout(model: Model) -> float | None:
 
 def _training_examples(config: FinetuneConfig, skips: Skips) -> list[Any]:
     found: list[Any] = []
-    for code in config.train_languages:
+    for code in config.train_languages or TASKS[config.task].languages[:1]:
         part = Part(split="train", language=code)
         read: list[Any] = list(
             read_part(config.task, config.data, part, purpose="train", skips=skips)

@@ -33,6 +33,7 @@ class Task:
     metrics: tuple[str, ...]
     """The first one selects checkpoints."""
     languages: tuple[str, ...] = ("en",)
+    """The first one is trained and selected on where nothing else is said; "" of own data."""
     no_answer: Literal["possible", "impossible"] = "impossible"
     """Whether a question may have no answer."""
 
@@ -42,7 +43,7 @@ def _task(name: TaskName) -> Task:
         case "squad1" | "mlqa":
             languages = MLQA_LANGUAGES if name == "mlqa" else ("en",)
             return Task(name=name, kind="span", metrics=("f1", "exact"), languages=languages)
-        case "squad2" | "questions":
+        case "squad2":
             return Task(name=name, kind="span", metrics=("f1", "exact"), no_answer="possible")
         case "xnli":
             return Task(
@@ -53,7 +54,10 @@ def _task(name: TaskName) -> Task:
                 languages=XNLI_LANGUAGES,
             )
         case "texts":
-            return Task(name=name, kind="classes", metrics=("accuracy", "macro_f1"))
+            metrics = ("accuracy", "macro_f1")
+            return Task(name=name, kind="classes", metrics=metrics, languages=("",))
+        case "questions":
+            return replace(_task("squad2"), name=name, languages=("",))
         case _:
             spec = GLUE[name]
             kind: Kind = "classes" if spec.labels else "score"
@@ -97,14 +101,14 @@ class Part:
     split: str
     """train, dev, test; dev-mm, test-mm and ax of MNLI."""
     language: str = "en"
-    """Of the text, or of the contexts."""
+    """Of the text, or of the contexts; "" is every row of own data, whatever its language."""
     question_language: str = ""
     """Of the questions where it is another one; "" is the same."""
 
     def __str__(self) -> str:
         if self.question_language not in ("", self.language):
             return f"{self.split}-{self.language}-{self.question_language}"
-        return f"{self.split}-{self.language}"
+        return f"{self.split}-{self.language}" if self.language else self.split
 
 
 Split = TypeVar("Split", bound=str)
@@ -134,10 +138,13 @@ def read_part(
     _check_language(task, part)
     hidden = purpose == "evaluate" and part.split == "test"
     if task == "texts":
-        return read_texts(_own(task, data, part), labels=labels, hidden=hidden)
+        file = _own(task, data, part)
+        return read_texts(file, labels=labels, hidden=hidden, language=part.language)
     if task == "questions":
         file = _own(task, data, part)
-        return read_questions(file, purpose=purpose, skips=skips, hidden=hidden)
+        return read_questions(
+            file, purpose=purpose, skips=skips, hidden=hidden, language=part.language
+        )
     if data.tfds is not None:
         return _read_tfds(task, data.tfds, part, purpose=purpose, skips=skips)
     if data.folder is None:

@@ -1,6 +1,6 @@
 """A user's own data: classification as tsv or jsonl, questions as jsonl or SQuAD's JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,11 @@ from minilm_jax.tasks.squad import answer_to_learn, gold_answers, read_squad
 
 
 def read_texts(
-    file: Path, *, labels: tuple[str, ...] | None = None, hidden: bool = False
+    file: Path,
+    *,
+    labels: tuple[str, ...] | None = None,
+    hidden: bool = False,
+    language: str = "",
 ) -> list[TextExample]:
     """Returns the rows of a .tsv with a header line, or the objects of a .jsonl.
 
@@ -28,9 +32,10 @@ def read_texts(
       file: what to read.
       labels: the classes there may be; None takes what comes.
       hidden: whether all labels may be missing: the file is to be predicted.
+      language: of the rows to return; "" returns all.
     """
     found = []
-    for number, (origin, row) in enumerate(_records(file, hidden=hidden)):
+    for number, origin, row in _spoken(_records(file, hidden=hidden), language, file):
         said = row.get("label")
         if said is None or said == "":
             if not hidden:
@@ -46,7 +51,7 @@ def read_texts(
                 text=_text(row, "text", origin),
                 text_pair=None if pair is None else _text(row, "text_pair", origin),
                 label=label,
-                language=str(row.get("language", "en")),
+                language=_language(row),
                 origin=origin,
             )
         )
@@ -66,23 +71,35 @@ def label_names(examples: list[TextExample], *, name: str) -> tuple[str, ...]:
 
 
 def read_questions(
-    file: Path, *, purpose: Literal["train", "evaluate"], skips: Skips, hidden: bool = False
+    file: Path,
+    *,
+    purpose: Literal["train", "evaluate"],
+    skips: Skips,
+    hidden: bool = False,
+    language: str = "",
 ) -> list[QuestionExample]:
     """Returns the questions of a .json in SQuAD's format, or of a .jsonl.
 
     A .jsonl has an object a question: `id`, `question`, `context`, and `answers`, a list of
-    `{"text", "answer_start"}` that is empty where the context does not answer it.
+    `{"text", "answer_start"}` that is empty where the context does not answer it; optionally
+    `language` (of the context) and `question_language`.
 
     Args:
       file: what to read.
       purpose: as in `read_squad`.
       skips: where skipped questions are counted and listed.
       hidden: whether all answers may be missing: the file is to be predicted.
+      language: of the contexts to return; "" returns all.
     """
     if file.suffix == ".json":
+        if language:
+            raise DataError(
+                f"{file}: SQuAD's format names no language, so none can be chosen; leave the"
+                " languages out, or write a .jsonl"
+            )
         return read_squad(file, purpose=purpose, version="any", skips=skips, hidden=hidden)
     found = []
-    for number, (origin, row) in enumerate(read_jsonl(file)):
+    for number, origin, row in _spoken(read_jsonl(file), language, file):
         question = _text(row, "question", origin)
         if not question.strip():
             raise DataError(f"{origin}: the question is empty; write one or remove the line")
@@ -92,15 +109,14 @@ def read_questions(
             answers = answer_to_learn(answers, context, origin, skips)
             if not answers:
                 continue
-        language = str(row.get("language", "en"))
         found.append(
             QuestionExample(
                 id=str(row.get("id", number)),
                 question=question,
                 context=context,
                 answers=answers,
-                language=language,
-                question_language=str(row.get("question_language", language)),
+                language=_language(row),
+                question_language=str(row.get("question_language", _language(row))),
                 origin=origin,
             )
         )
@@ -120,6 +136,29 @@ def _records(file: Path, *, hidden: bool) -> Iterator[tuple[str, dict[str, Any]]
                 yield row.origin, dict(row.values)
         case _:
             raise DataError(f"{file}: is neither .tsv (with a header line) nor .jsonl")
+
+
+def _spoken(
+    records: Iterable[tuple[str, dict[str, Any]]], language: str, file: Path
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yields (number in the file, origin, record) of one language, of all where it is "".
+
+    Raises:
+      DataError: there are records, but none in this language.
+    """
+    there = set()
+    for number, (origin, row) in enumerate(records):
+        there.add(_language(row))
+        if language in ("", _language(row)):
+            yield number, origin, row
+    if language and there and language not in there:
+        raise DataError(
+            f"{file}: no row has language {language!r}; it has {', '.join(sorted(there))}"
+        )
+
+
+def _language(row: dict[str, Any]) -> str:
+    return str(row.get("language", "en"))
 
 
 def _text(row: dict[str, Any], key: str, origin: str) -> str:

@@ -21,13 +21,13 @@ def write_texts(
 
     GLUE: the file name and the labels of gluebenchmark.com (`index`, `prediction`); splits the
     site does not take have the same layout under our name. XNLI: one label a line, as XTREME
-    takes it. Own texts: `id`, `prediction`.
+    takes it. Own texts: `id`, `prediction`, a file for each language asked for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if task.name == "xnli":
         return _write(folder / f"{part}.tsv", "".join(f"{label}\n" for label in predicted))
     spec = GLUE.get(task.name)  # type: ignore[arg-type]
-    name = f"{task.name}-{part.split}.tsv"
+    name = f"{task.name}-{part.split if spec is not None else part}.tsv"
     written: Mapping[str, str] = {}
     if spec is not None:
         name = spec.submission.get(part.split, name)

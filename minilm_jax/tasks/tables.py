@@ -22,6 +22,7 @@ class ResultRow:
     task: str
     split: str
     language: str
+    """"" where own data was not told apart by it."""
     question_language: str
     metric: str
     value: float
@@ -216,7 +217,7 @@ def _all(rows: Sequence[ResultRow]) -> str:
     }
     for name, figures in _figures(rows).items():
         for (task, split, language, asked, metric), values in figures.items():
-            spoken = f"{language}/{asked}" if asked else language
+            spoken = f"{language}/{asked}" if asked else language or "all"
             count = counts[name, task, split, language, asked, metric]
             shown = mean_and_deviation(values)
             lines.append(

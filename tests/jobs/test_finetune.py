@@ -371,7 +371,7 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_pat
         finetune.run(dataclasses.replace(config, optimizer=changed), say=quiet)
 
 
-def test_a_run_belongs_to_all_of_its_data(bert, tmp_path, monkeypatch):
+def test_a_run_belongs_to_all_of_its_data(bert, tmp_path):
     """Else evaluations.json would hold figures of two dev sets, and choose between them."""
     rows = [("good film", "Like"), ("bad film", "Dislike")] * 4
     files = {
@@ -379,21 +379,14 @@ def test_a_run_belongs_to_all_of_its_data(bert, tmp_path, monkeypatch):
         for split in ("train", "dev", "test")
     }
     config = make("texts", bert, TaskData(**files), tmp_path / "run")
-
-    def power_cut(*_):
-        raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_report", power_cut)
-        with pytest.raises(RuntimeError, match="power cut"):
-            finetune.run(config, say=quiet)
+    result = finetune.run(config, say=quiet)
     for split, file in files.items():
         before = file.read_bytes()
         file.write_bytes(before + b"plain film\tLike\n")
         with pytest.raises(ConfigError, match=rf"fingerprints.data.{split}\S*: \"\w+\" -> "):
             finetune.run(config, say=quiet)
         file.write_bytes(before)
-    assert finetune.run(config, say=quiet).steps == 2
+    assert finetune.run(config, say=quiet) == result
 
 
 def test_examples_become_rows_once_and_those_of_a_finished_run_never(
@@ -553,9 +546,35 @@ def test_own_texts_keep_their_class_names(bert, tmp_path):
     data = TaskData(train=train, dev=train, test=test)
     config = make("texts", bert, data, tmp_path / "run", steps=300, optimizer=STEADY)
     result = finetune.run(config, say=quiet)
-    assert result.scores == {"test-en": {"accuracy": 100.0, "macro_f1": 100.0}}
+    assert result.scores == {"test": {"accuracy": 100.0, "macro_f1": 100.0}}
     text = (tmp_path / "run/predictions/texts-test.tsv").read_text()
     assert text == "id\tprediction\n0\tLike\n1\tDislike\n2\tOther\n3\tLike\n4\tDislike\n"
+    # Each language by itself, where that is asked for.
+    spoken = [(*row, "fr" if row[1] == "Other" else "de") for row in rows[:5]]
+    dev = write_tsv(tmp_path / "dev.tsv", ("text", "label", "language"), *spoken)
+    scored = EvaluateConfig(
+        task="texts",
+        models=(str(tmp_path / "run"),),
+        data=TaskData(dev=dev),
+        output=tmp_path / "scores",
+        languages=("de", "fr"),
+        lengths=LENGTHS,
+        batch=RowConfig(batch_size=8),
+    )
+    figures = evaluate.run(scored, say=quiet)
+    found = [(row.language, row.examples) for row in figures if row.metric == "accuracy"]
+    assert found == [("de", 4), ("fr", 1)]
+    folder = tmp_path / "scores/predictions/run"
+    assert (folder / "texts-dev-fr.tsv").read_text() == "id\tprediction\n2\tOther\n"
+    assert len((folder / "texts-dev-de.tsv").read_text().splitlines()) == 5
+    whole = evaluate.run(dataclasses.replace(scored, languages=()), say=quiet)
+    assert [(row.language, row.examples) for row in whole] == [("", 5), ("", 5)]
+    assert (
+        "| run | texts | dev | all | accuracy | 100.0 | 5 |"
+        in (tmp_path / "scores/tables.md").read_text()
+    )
+    with pytest.raises(DataError, match=r"dev.tsv: no row has language 'it'; it has de, fr"):
+        evaluate.run(dataclasses.replace(scored, languages=("it",)), say=quiet)
 
 
 def test_own_questions(bert, tmp_path):
@@ -573,8 +592,8 @@ def test_own_questions(bert, tmp_path):
     test.write_text("\n".join(map(json.dumps, hidden)))
     data = TaskData(train=file, dev=file, test=test)
     result = finetune.run(make("questions", bert, data, tmp_path / "run", steps=40), say=quiet)
-    assert result.selection == 100.0 and result.scores == {"test-en": {}}
-    predictions = tmp_path / "run/predictions/questions-test-en-predictions.json"
+    assert result.selection == 100.0 and result.scores == {"test": {}}
+    predictions = tmp_path / "run/predictions/questions-test-predictions.json"
     assert json.loads(predictions.read_text()) == {"a": "on the table", "b": ""}
     with pytest.raises(DataError, match=r"test.jsonl:1: answers is missing beside id, question, c"):
         wrong = TaskData(train=test, dev=file)

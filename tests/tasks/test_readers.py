@@ -408,6 +408,36 @@ def test_questions_without_answers_are_not_taken_for_unanswerable_ones(tmp_path,
             read({"answers": wrong}, hidden=False)
 
 
+def test_own_data_of_one_language(tmp_path):
+    """Ids are those of the whole file; what is in another language is not this part's business."""
+    rows = [("a", "de"), ("b", "fr"), ("c", "de")]
+    columns = ("text", "language", "label")
+    texts = write_tsv(tmp_path / "a.tsv", columns, *((*row, "x") for row in rows))
+    questions = tmp_path / "q.jsonl"
+    objects = [{"question": q, "context": "In Rome.", "language": code} for q, code in rows]
+    answers = [{"text": "Atlantis", "answer_start": 3}], [], []
+    lines = [json.dumps(o | {"answers": a}) for o, a in zip(objects, answers, strict=True)]
+    questions.write_text("\n".join(lines))
+
+    def read(task, language, skips):
+        data = TaskData(train=texts if task == "texts" else questions)
+        part = Part(split="train", language=language)
+        return [e.id for e in read_part(task, data, part, purpose="train", skips=skips)]
+
+    for task, first in (("texts", ["0"]), ("questions", [])):
+        assert read(task, "", Skips()) == [*first, "1", "2"]
+        assert read(task, "de", Skips()) == [*first, "2"]
+        skips = Skips()
+        assert read(task, "fr", skips) == ["1"] and not skips.counts
+        with pytest.raises(DataError, match=r": no row has language 'it'; it has de, fr"):
+            read(task, "it", Skips())
+    write_squad(tmp_path)
+    data = TaskData(train=tmp_path / "train-v1.1.json")
+    part = Part(split="train", language="de")
+    with pytest.raises(DataError, match=r"SQuAD's format names no language, so none can be chosen"):
+        read_part("questions", data, part, purpose="train", skips=Skips())
+
+
 def test_data_comes_from_one_place(tmp_path):
     for given in (
         {},
