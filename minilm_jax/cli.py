@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -46,7 +47,7 @@ COMMANDS = {
     "convert": Command("convert", ("ConvertConfig",), "carry a checkpoint in or out"),
 }
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""A file that cannot be written or read for the disk's sake, wherever it happens."""
+"""A file that cannot be written or read for the disk's sake; the same command can go on then."""
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run again to continue
 
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     0 done, 2 something the user can mend, 75 stopped by SIGTERM and saved, 130 stopped by SIGINT.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no × or … gets a ?
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else EXIT_USER_ERROR
@@ -81,14 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and not error.filename:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"minilm-jax: {where}{error.strerror}; mend the disk or make room, and run the same "
-            "command again",
-            file=sys.stderr,
-        )
+        said = f"{where}{error.strerror}"
+        if error.errno in DISK_ERRORS:
+            said += "; mend the disk or make room, and run the same command again"
+        print(f"minilm-jax: {said}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 

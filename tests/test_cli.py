@@ -1,6 +1,7 @@
 """The command line: one clear sentence and status 2 for whatever a user gets wrong."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -104,6 +105,25 @@ def test_a_full_disk_is_told_in_a_sentence(monkeypatch, capsys):
     assert cli.main(["convert", "source", "target"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("minilm-jax: metrics.jsonl: No space left on device; mend the disk")
+
+
+def test_a_file_that_may_not_be_read_is_told_in_a_sentence(monkeypatch, capsys):
+    def refuse(config):
+        raise PermissionError(errno.EACCES, "Permission denied", "dev.tsv")
+
+    monkeypatch.setattr(convert, "run", refuse)
+    assert cli.main(["convert", "source", "target"]) == 2
+    assert capsys.readouterr().err == "minilm-jax: dev.tsv: Permission denied\n"
+
+
+def test_a_terminal_without_unicode_is_written_to_all_the_same():
+    said = subprocess.run(
+        [sys.executable, "-m", "minilm_jax.cli", "--help"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert said.returncode == 0
+    assert b"usage: minilm-jax COMMAND ?" in said.stdout
 
 
 def test_the_version(capsys):

@@ -76,6 +76,13 @@ class BatchConfig:
         if self.language_exponent is not None and not 0 <= self.language_exponent <= 1:
             raise ConfigError(f"language_exponent is {self.language_exponent}: give 0 to 1")
 
+    def check_weights(self, corpora: int) -> None:
+        """Raises ConfigError unless there is a weight for each of so many corpora, or none."""
+        if self.weights and len(self.weights) != corpora:
+            raise ConfigError(
+                f"weights has {len(self.weights)} entries for {corpora} corpora: give one for each"
+            )
+
 
 class Batches:
     """All batches of a run over one or more corpora; safe to share between threads."""
@@ -115,11 +122,7 @@ class Batches:
                 )
             if not len(corpus):
                 raise DataError(f"{corpus.folder}: split {corpus.split} holds no document")
-        if config.weights and len(config.weights) != len(self._corpora):
-            raise ConfigError(
-                f"weights has {len(config.weights)} entries for {len(self._corpora)} corpora:"
-                " give one for each"
-            )
+        config.check_weights(len(self._corpora))
         self._first_document = np.cumsum([0, *map(len, self._corpora)])
         self._lengths = np.concatenate([corpus.lengths for corpus in self._corpora])
         self._streams = [

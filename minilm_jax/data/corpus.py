@@ -20,6 +20,8 @@ import numpy as np
 from minilm_jax.errors import DataError
 
 FORMAT = 1
+MANIFEST = "manifest.json"
+"""Written last: a corpus that has it is finished."""
 Split = Literal["train", "heldout"]
 _VERIFIED_BY_DEFAULT = 2 << 30
 _ENDINGS = ("tokens", "offsets", "languages")
@@ -76,7 +78,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         DataError: The folder is none, is unfinished, or of a format this version does not know.
     """
-    path = Path(folder) / "manifest.json"
+    path = Path(folder) / MANIFEST
     if not path.is_file():
         unfinished = (Path(folder) / "settings.json").is_file()
         reason = (

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from minilm_jax.data.corpus import (
     FORMAT,
+    MANIFEST,
     Manifest,
     Shard,
     ShardWriter,
@@ -97,6 +98,7 @@ def prepare(
     workers: int | None = None,
     holdout_fraction: float = 0.0,
     shard_tokens: int = 64 << 20,
+    finished_is_enough: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Returns the manifest of the finished corpus in `output`.
@@ -113,6 +115,7 @@ def prepare(
             `heldout`. Equal texts go to the same split.
         shard_tokens: A shard ends after so many tokens; this much work is lost at most to an
             interruption, for each worker.
+        finished_is_enough: Take a finished folder as it is, whatever became of the text since.
         progress: Called about four times a second.
 
     Raises:
@@ -134,9 +137,11 @@ def prepare(
         raise DataError(f"{output}: cannot be made ({error.strerror})") from error
     with _locked(output):
         _check_settings(output, settings)
+        if finished_is_enough and (output / MANIFEST).is_file():
+            return read_manifest(output)
         parts = [part for source in sources for part in split_source(source)]
         settings["parts"] = [part.key for part in parts]
-        if (output / "manifest.json").is_file():
+        if (output / MANIFEST).is_file():
             return _finished(output, settings)
         write_atomically(output / "settings.json", _json(settings))
         _copy_tokenizer(loaded, output)
@@ -149,7 +154,7 @@ def prepare(
         _check_disk(tasks)
         _run(tasks, workers, progress)
         manifest = _manifest(tasks, loaded, settings)
-        write_atomically(output / "manifest.json", manifest.to_json().encode())
+        write_atomically(output / MANIFEST, manifest.to_json().encode())
         return manifest
 
 

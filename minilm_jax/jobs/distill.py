@@ -14,7 +14,7 @@ import numpy as np
 from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.convert.model import Model
 from minilm_jax.data.batches import BatchConfig, Batches
-from minilm_jax.data.corpus import Corpus
+from minilm_jax.data.corpus import MANIFEST, Corpus
 from minilm_jax.data.masking import Masking
 from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource, read_documents
@@ -65,7 +65,7 @@ from minilm_jax.train.run_folder import (
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation, make_step
 
-PLOT, STUDENT = "loss.png", "student"
+PLOT, STUDENT, CORPUS = "loss.png", "student", "corpus"
 _ONE_TEXT = "give exactly one of text.source and text.corpora"
 EXPORTED_HEADS = ("mlm",)
 """Trained modules that are part of the student; learned projections are not."""
@@ -165,8 +165,12 @@ class ChainConfig:
                 f"student.teacher.source of a chain is {ASSISTANT!r}, got "
                 f"{self.student.teacher.source!r}"
             )
-        if self.assistant.output == self.student.output:
-            raise ConfigError(f"assistant and student both write to {self.student.output}")
+        first, second = (config.output.absolute() for config in (self.assistant, self.student))
+        if first == second or first in second.parents or second in first.parents:
+            raise ConfigError(
+                f"assistant and student write to {self.assistant.output} and {self.student.output}:"
+                " give two folders, neither inside the other"
+            )
 
     def stages(self) -> tuple[DistillConfig, DistillConfig]:
         """Returns both runs, the second with the first one's student as its teacher."""
@@ -243,6 +247,12 @@ class _Run:
         with own_folder(config.output, described, override=config.override):
             if (config.output / RESULT).exists():
                 result = DistillResult(**read_json(config.output / RESULT))
+                if not Path(result.student).is_dir():
+                    raise ConfigError(
+                        f"{config.output} is finished, but {result.student} is not there; remove "
+                        f"{config.output / RESULT} to have it written again from the last "
+                        "checkpoint"
+                    )
                 self.say(
                     f"{config.output} is finished after {result.steps:,} steps; nothing to do."
                 )
@@ -408,6 +418,7 @@ def check_settings(config: DistillConfig, teacher: EncoderConfig) -> EncoderConf
             f"batch.sequence_length={config.batch.sequence_length} is longer than the teacher's "
             f"{teacher.max_length} positions"
         )
+    config.batch.check_weights(len(config.text.corpora) or 1)
     make_schedule(config.optimizer, steps=config.train.steps)
     return student
 
@@ -439,7 +450,7 @@ def _check(
     if (config.output / RESULT).exists():
         return shape, devices, None
     if config.text.source is not None:
-        if next(read_documents(config.text.source), None) is None:
+        if not _is_tokenised(config) and next(read_documents(config.text.source), None) is None:
             raise ConfigError("text.source holds no document")
         return shape, devices, None
     if tokenizer is None:
@@ -519,15 +530,23 @@ class _Splits:
 
 
 def _tokenise(config: DistillConfig, tokenizer: Tokenizer) -> Path:
-    """Returns the folder of the run's own corpus, which is made where that is not done."""
+    """Returns the folder of the run's own corpus, which is made where that is not done.
+
+    Once it is, the run needs its text no more, whatever becomes of it.
+    """
     assert config.text.source is not None
     prepare(
         config.text.source,
         tokenizer=tokenizer.files[0].parent,
-        output=config.output / "corpus",
+        output=config.output / CORPUS,
         holdout_fraction=config.text.heldout,
+        finished_is_enough=True,
     )
-    return config.output / "corpus"
+    return config.output / CORPUS
+
+
+def _is_tokenised(config: DistillConfig) -> bool:
+    return (config.output / CORPUS / MANIFEST).is_file()
 
 
 def _open_corpora(config: DistillConfig, folders: Sequence[Path], tokenizer: Tokenizer) -> _Splits:

@@ -26,9 +26,10 @@ def open_run(
 ) -> Iterator[None]:
     """Holds the folder for this process, with its config compared or written.
 
-    A new or empty folder gets `config.json`. A folder of this very run is continued. Anything else
-    is refused, so that no run ever overwrites another's results. Libraries or code that changed
-    since are told in a warning.
+    A new or empty folder gets `config.json`, and so does one of ours in which no step was taken:
+    what was wrong can be mended. A folder of this very run is continued. Anything else is refused,
+    so that no run ever overwrites another's results. Libraries or code that changed since are told
+    in a warning.
 
     Args:
       folder: where the run writes.
@@ -52,6 +53,8 @@ def open_run(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"output {folder} is in use by another process") from None
+        if (folder / RESULT).exists():
+            _refuse_to_change_the_past(folder, config)
         settle(folder / CONFIG, config, override=override)
         _note_versions(folder / VERSIONS)
         yield
@@ -68,6 +71,17 @@ def check_run(folder: Path, config: Mapping[str, Any], *, override: tuple[str, .
             "choose another --output"
         )
     _compare(folder / CONFIG, config, override=override)
+
+
+def _refuse_to_change_the_past(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a finished run was another: no override makes it this one."""
+    changed = _changes(folder / CONFIG, config)
+    if changed:
+        raise ConfigError(
+            f"{folder} is finished, with other settings; choose another --output, or remove its "
+            f"{RESULT} to go on from the last checkpoint with these:\n  "
+            + "\n  ".join(line for _, line in changed)
+        )
 
 
 def _note_versions(path: Path) -> None:
@@ -108,11 +122,9 @@ def settle(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...] = 
 
 
 def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...]) -> None:
-    if not path.exists():
-        return
     changed = [
         line
-        for name, line in differences(read_json(path), json.loads(json.dumps(value)))
+        for name, line in _changes(path, value)
         if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in override)
     ]
     if changed:
@@ -120,6 +132,13 @@ def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...])
             f"{path} was written by a run that differs from this one; choose another --output, "
             "or accept a change with --override NAME:\n  " + "\n  ".join(changed)
         )
+
+
+def _changes(path: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns what the file says otherwise; nothing where no step was taken with what it says."""
+    if not path.exists() or not (path.parent / METRICS).exists():
+        return []
+    return differences(read_json(path), json.loads(json.dumps(value)))
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -195,6 +195,10 @@ def test_eight_devices_train_the_same_student_as_one(config):
         ({"batch": BatchConfig(batch_size=8, sequence_length=65)}, "64 positions"),
         ({"optimizer": OptimizerConfig(warmup_steps=50)}, "warmup_steps=50"),
         ({"train": TrainConfig(steps=30, accumulate=3)}, "3 micro-batches"),
+        (
+            {"batch": BatchConfig(batch_size=8, sequence_length=32, weights=(1.0, 2.0))},
+            "weights has 2 entries for 1",
+        ),
         ({"text": TextConfig(source=TextSource(paths=("no/such.txt",)))}, r"no/such\.txt"),
         ({"text": TextConfig(corpora=(Path("no/such/corpus"),))}, "no/such/corpus"),
         (
@@ -221,12 +225,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, change, 
 
 
 def test_a_chain_whose_second_folder_is_anothers_trains_nothing(config, tmp_path):
-    (tmp_path / "thesis.tex").touch()
+    (tmp_path / "theses").mkdir()
+    (tmp_path / "theses" / "thesis.tex").touch()
     teacher = TeacherConfig(source=ASSISTANT)
-    student = dataclasses.replace(config, teacher=teacher, output=tmp_path)
+    student = dataclasses.replace(config, teacher=teacher, output=tmp_path / "theses")
     with pytest.raises(UserError, match="not a run of ours"):
         run(ChainConfig(assistant=config, student=student))
     assert not config.output.exists()
+    for inside in (config.output, config.output.parent, config.output / "student"):
+        with pytest.raises(UserError, match="neither inside the other"):
+            ChainConfig(assistant=config, student=dataclasses.replace(student, output=inside))
 
 
 def test_a_corpus_that_does_not_fit_is_refused_before_anything_is_written(
@@ -295,6 +303,18 @@ def test_a_changed_text_or_teacher_is_not_resumed_silently(config, tiny_teacher,
         teacher.params["encoder"]["layer_0"]["ffn"]["up"]["bias"][0] += 1
         write_model(teacher, copy)
         run(dataclasses.replace(config, teacher=TeacherConfig(source=str(copy))))
+
+
+def test_once_it_is_tokenised_the_text_may_go(config):
+    result, _ = run(config)
+    weights = (Path(result.student) / "model.safetensors").read_bytes()
+    Path(config.text.source.paths[0]).unlink()
+    shutil.rmtree(result.student)
+    with pytest.raises(UserError, match=r"student is not there; remove .*result\.json"):
+        run(config)
+    (config.output / "result.json").unlink()
+    run(config)
+    assert (Path(result.student) / "model.safetensors").read_bytes() == weights
 
 
 REAL = pytest.mark.skipif(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minilm_jax.errors import ConfigError
-from minilm_jax.train.run_folder import CONFIG, open_run
+from minilm_jax.train.run_folder import CONFIG, METRICS, RESULT, open_run
 
 CONFIG_A = {"steps": 10, "optimizer": {"learning_rate": 0.1, "b1": 0.9}, "layers": (1, 2)}
 
@@ -23,7 +23,7 @@ def test_a_new_folder_keeps_its_config_and_is_continued(tmp_path):
 
 def test_another_runs_folder_is_refused_with_every_difference(tmp_path):
     with open_run(tmp_path, CONFIG_A):
-        pass
+        (tmp_path / METRICS).touch()
     before = (tmp_path / CONFIG).read_text()
     other = {"steps": 20, "optimizer": {"learning_rate": 0.2, "b1": 0.9}, "layers": (1, 2)}
     with pytest.raises(ConfigError) as error, open_run(tmp_path, other):
@@ -37,6 +37,32 @@ def test_another_runs_folder_is_refused_with_every_difference(tmp_path):
     assert json.loads((tmp_path / CONFIG).read_text())["steps"] == 20
 
 
+def test_settings_of_a_run_that_took_no_step_can_be_mended(tmp_path):
+    for steps in (10, 20):
+        with open_run(tmp_path, {**CONFIG_A, "steps": steps}):
+            pass
+    assert json.loads((tmp_path / CONFIG).read_text())["steps"] == 20
+
+
+def test_what_a_finished_run_was_can_not_be_overridden(tmp_path):
+    with open_run(tmp_path, CONFIG_A):
+        (tmp_path / METRICS).touch()
+        (tmp_path / RESULT).touch()
+    before = (tmp_path / CONFIG).read_text()
+    other = {**CONFIG_A, "steps": 20}
+    with (
+        pytest.raises(
+            ConfigError, match=r"is finished.*remove its result.json(.|\n)*steps: 10 -> 20"
+        ),
+        open_run(tmp_path, other, override=("steps",)),
+    ):
+        pass
+    assert (tmp_path / CONFIG).read_text() == before
+    (tmp_path / RESULT).unlink()
+    with open_run(tmp_path, other, override=("steps",)):
+        pass
+
+
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="not a run of ours"), open_run(tmp_path, CONFIG_A):
@@ -48,6 +74,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
 
 def test_a_broken_config_is_named(tmp_path):
     (tmp_path / CONFIG).write_text("{half")
+    (tmp_path / METRICS).touch()
     with (
         pytest.raises(ConfigError, match=r"config\.json is not JSON"),
         open_run(tmp_path, CONFIG_A),
