@@ -1,6 +1,7 @@
 """The two lifts of a per-device step over devices: `jax.pmap`, and `jax.jit` over a mesh.
 
-Nothing else in the project knows how many devices there are.
+Nothing else in the project knows what a run is divided over; rows.py asks, while something is
+traced, whether it is one device's.
 """
 
 from collections.abc import Callable, Mapping

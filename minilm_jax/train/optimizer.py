@@ -1,6 +1,7 @@
 """The optimizer: a schedule, a clip, and weight decay where decay is meant."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
@@ -37,11 +38,14 @@ class OptimizerConfig:
     exported; 0 turns it off. Try 0.999."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("b1", "b2", "ema_decay"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"optimizer.{name} must be a number from 0 on, got {getattr(self, name)}"
+                )
 
 
 def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:

@@ -44,8 +44,9 @@ def test_linear_schedule_warms_up_from_zero_and_ends_at_zero():
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ConfigError, match=r"warmup_steps=10 .* steps=5"):
         make_schedule(OptimizerConfig(warmup_steps=10), steps=5)
-    with pytest.raises(ConfigError, match="learning_rate"):
-        OptimizerConfig(learning_rate=-1.0)
+    for wrong in ({"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"b1": 1.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            OptimizerConfig(**wrong)
 
 
 def test_clipping_is_by_the_global_norm():
