@@ -184,11 +184,13 @@ def split_source(source: TextSource) -> list[Part]:
 def _gather(source: TextSource, pieces: list[Stretch], part_size: int) -> list[Part]:
     parts: list[Part] = []
     gathered: list[Stretch] = []
+    size = 0
     for piece in pieces:
-        if gathered and sum(g.size for g in gathered) + piece.size > part_size:
+        if gathered and size + piece.size > part_size:
             parts.append(Part(source, tuple(gathered)))
-            gathered = []
+            gathered, size = [], 0
         gathered.append(piece)
+        size += piece.size
     if gathered:
         parts.append(Part(source, tuple(gathered)))
     return parts
