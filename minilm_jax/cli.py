@@ -48,6 +48,7 @@ COMMANDS = {
 }
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """A file that cannot be written or read for the disk's sake; the same command can go on then."""
+_NAMES = {bool: "a bool", int: "an int", float: "a float", str: "a str", Path: "a Path"}
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run again to continue
 
@@ -153,7 +154,29 @@ def load_experiment(name: str) -> Any:
     if variant not in variables:
         public = [key for key in variables if not key.startswith("_")]
         raise ConfigError(f"experiment {file} has no {variant!r}{_nearest(variant, public)}")
+    check_types(variables[variant], file=file)
     return variables[variant]
+
+
+def check_types(config: Any, *, file: str, prefix: str = "") -> None:
+    """Raises ConfigError where a setting of an experiment has not the type it is declared with.
+
+    Options are parsed by their types; what stands in a Python file is taken as it is, and a text in
+    the place of a path would fail far from here.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return
+    declared = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value, wanted = prefix + field.name, getattr(config, field.name), declared[field.name]
+        check_types(value, file=file, prefix=f"{name}.")
+        if wanted not in _NAMES:
+            continue
+        fits = isinstance(value, (int, float) if wanted is float else wanted)
+        if not fits or (isinstance(value, bool) and wanted is not bool):
+            raise ConfigError(
+                f"experiment {file}: {name} is {value!r}, where {_NAMES[wanted]} belongs"
+            )
 
 
 def make_way(config: Any, options: list[str], *, prefix: str = "--") -> Any:

@@ -1,7 +1,9 @@
 """The command line: one clear sentence and status 2 for whatever a user gets wrong."""
 
+import dataclasses
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from minilm_jax import __version__, cli
+from minilm_jax.errors import UserError
 from minilm_jax.jobs import convert
 from minilm_jax.train.loop import Stopped
 
@@ -64,6 +67,34 @@ def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):
     experiment.write_text("config = {'a': 1}\n")
     assert cli.main(["distill", str(experiment)]) == 2
     assert "gives a dict" in capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    steps: int = 6
+    rate: float = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    output: Path = Path("runs/x")
+    train: Inner = Inner()
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (Outer(output="runs/x"), "output is 'runs/x', where a Path belongs"),
+        (Outer(train=Inner(steps=6.0)), "train.steps is 6.0, where an int belongs"),
+        (Outer(train=Inner(steps=True)), "train.steps is True, where an int belongs"),
+        (Outer(train=Inner(rate="1e-3")), "train.rate is '1e-3', where a float belongs"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(config, message):
+    """The project's own classes are checked by the tests' import hook, so these are others."""
+    cli.check_types(Outer(), file="experiment.py")
+    with pytest.raises(UserError, match=re.escape(f"experiment experiment.py: {message}")):
+        cli.check_types(config, file="experiment.py")
 
 
 @pytest.mark.parametrize("command", ["distill", "finetune", "plan"])
