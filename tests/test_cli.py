@@ -15,7 +15,7 @@ import pytest
 from minilm_jax import __version__, cli
 from minilm_jax.errors import UserError
 from minilm_jax.jobs import convert
-from minilm_jax.train.loop import Stopped
+from minilm_jax.signals import Stopped
 
 EXPERIMENT = "experiments/quickstart.py"
 CHAIN = "experiments/minilm_v1/bert_base_6x384_assistant.py"

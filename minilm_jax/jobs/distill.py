@@ -42,11 +42,12 @@ from minilm_jax.jobs.running import (
     own_folder,
 )
 from minilm_jax.reductions import Loss
+from minilm_jax.signals import stoppable
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.flops import gradient_flops
 from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hosts import fail_together, wait_for_all, writes
-from minilm_jax.train.loop import Evaluation, TrainConfig, stoppable
+from minilm_jax.train.loop import Evaluation, TrainConfig
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import (
     OptimizerConfig,

@@ -43,6 +43,7 @@ from minilm_jax.jobs.running import (
     own_folder,
     train,
 )
+from minilm_jax.signals import stoppable
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
 from minilm_jax.tasks.catalog import TASKS, Part, Task, TaskData, TaskName, all_languages, read_part
@@ -53,7 +54,7 @@ from minilm_jax.tasks.own import label_names
 from minilm_jax.tasks.tables import ResultRow, append_rows, mean_and_deviation, read_rows
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hosts import wait_for_all, writes
-from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig, stoppable
+from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig
 from minilm_jax.train.optimizer import (
     OptimizerConfig,
     evaluated_params,

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from minilm_jax.errors import ConfigError, UserError
+from minilm_jax.signals import Stopped, first_signal
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import Goodput
@@ -97,14 +98,6 @@ class Evaluation(NamedTuple):
     """A held-out loss: it is logged, and decides which checkpoint is the best."""
     enough: bool = False
     """Whether the run ends here, whatever steps are left."""
-
-
-class Stopped(UserError):  # noqa: N818 - an outcome, not a fault
-    """The job was asked to stop; what it did is saved. `signum` is the signal that asked."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 def fit(
@@ -313,65 +306,9 @@ def _memory_explained() -> Iterator[None]:
         ) from error
 
 
-class _Asked(BaseException):
-    """A signal, on its way through whatever the job was at; no handler of errors stops it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Ends a job at the first SIGTERM or SIGINT, wherever it is; a second one ends the process.
-
-    For what happens around `fit`, such as reading, tokenising and writing the result. `fit` itself
-    handles the signals while it runs: it finishes its step, and saves it.
-
-    Raises:
-      Stopped: a signal arrived.
-    """
-
-    def ask(signum: int) -> None:
-        raise _Asked(signum)
-
-    try:
-        with _first_signal(ask):
-            yield
-    except _Asked as asked:
-        raise Stopped(
-            f"stopped by {signal.Signals(asked.signum).name}; run the same command to continue",
-            asked.signum,
-        ) from None
-
-
 @contextmanager
 def _signals() -> Iterator[list[int]]:
     """Yields a list that receives the first SIGTERM or SIGINT; a second one ends the process."""
     received: list[int] = []
-    with _first_signal(received.append):
+    with first_signal(received.append):
         yield received
-
-
-@contextmanager
-def _first_signal(receive: Callable[[int], None]) -> Iterator[None]:
-    """Has the first SIGTERM or SIGINT call `receive`; a second one ends the process."""
-    previous: dict[signal.Signals, Any] = {}
-
-    def handle(signum: int, _: Any) -> None:
-        # The system's own action: at once, whatever Python waits for. A save that it cuts short
-        # leaves the one before.
-        for number in previous:
-            signal.signal(number, signal.SIG_DFL)
-        receive(signum)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        try:
-            previous[number] = signal.signal(number, handle)
-        except ValueError:  # not the main thread: the caller handles its own signals
-            break
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

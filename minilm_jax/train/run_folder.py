@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from minilm_jax.differences import differences
 from minilm_jax.errors import ConfigError
 
 CONFIG, RESULT, LOCK, METRICS = "config.json", "result.json", ".lock", "metrics.jsonl"
@@ -139,17 +140,6 @@ def _changes(path: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not path.exists() or not (path.parent / METRICS).exists():
         return []
     return differences(read_json(path), json.loads(json.dumps(value)))
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Returns (dotted name, "name: old -> new") of every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for name in [*old, *(name for name in new if name not in old)]:
-            inner = f"{prefix}.{name}" if prefix else name
-            found += differences(old.get(name), new.get(name), inner)
-        return found
-    return [] if old == new else [(prefix, f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}")]
 
 
 def read_json(path: Path) -> Any:

@@ -32,7 +32,8 @@ from minilm_jax.jobs.distill import (
     TeacherConfig,
     TextConfig,
 )
-from minilm_jax.train.loop import Stopped, TrainConfig
+from minilm_jax.signals import Stopped
+from minilm_jax.train.loop import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]

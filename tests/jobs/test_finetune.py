@@ -19,6 +19,7 @@ from minilm_jax.errors import ConfigError, DataError
 from minilm_jax.jobs import evaluate, finetune, running
 from minilm_jax.jobs.evaluate import EvaluateConfig
 from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig, SweepConfig
+from minilm_jax.signals import Stopped
 from minilm_jax.tasks import losses
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig
@@ -26,7 +27,7 @@ from minilm_jax.tasks.catalog import TASKS, Part, TaskData
 from minilm_jax.tasks.features import LengthConfig
 from minilm_jax.tasks.tables import read_rows
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.loop import EngineConfig, Stopped
+from minilm_jax.train.loop import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 from minilm_jax.train.trackers import Tracker
 

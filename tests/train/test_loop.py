@@ -13,10 +13,11 @@ import pytest
 from small_run import ADAM, STEPS, assert_same, batch_at, run
 
 from minilm_jax.errors import CheckpointError, ConfigError, UserError
+from minilm_jax.signals import Stopped
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.loop import Evaluation, Stopped, TrainConfig
+from minilm_jax.train.loop import Evaluation, TrainConfig
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import with_average
 
