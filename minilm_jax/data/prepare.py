@@ -38,7 +38,9 @@ from minilm_jax.data.corpus import (
 from minilm_jax.data.documents import Document
 from minilm_jax.data.sources import Part, TextSource, read_part, split_source
 from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from minilm_jax.differences import differences
 from minilm_jax.errors import DataError
+from minilm_jax.signals import starting_processes
 
 _CHUNK_CHARACTERS = 1 << 20
 _SPLITS = ("train", "heldout")
@@ -119,15 +121,17 @@ def prepare(
         progress: Called about four times a second.
 
     Raises:
-        DataError: Bad input, another process at work on the folder, a folder of other settings,
-            a full disk. What was already prepared stays and counts.
+        DataError: Bad input, another process at work on the folder, a folder with shards of other
+            settings, a full disk. What was already prepared stays and counts.
     """
     sources = (sources,) if isinstance(sources, TextSource) else tuple(sources)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if not 0 <= holdout_fraction < 1:
-        raise DataError(f"holdout_fraction is {holdout_fraction}: give a share from 0 to below 1")
-    if workers < 0 or shard_tokens < 1:
-        raise DataError(f"workers is {workers}, shard_tokens {shard_tokens}: both must be positive")
+        raise DataError(f"heldout is {holdout_fraction}: give a share from 0 to below 1")
+    if workers < 0:
+        raise DataError(f"workers is {workers}: give 0, to work in this process, or more")
+    if shard_tokens < 1:
+        raise DataError(f"shard_tokens is {shard_tokens}: give at least 1")
     output = Path(output)
     loaded = load_tokenizer(tokenizer)
     settings = _settings(sources, loaded, holdout_fraction, shard_tokens)
@@ -188,18 +192,40 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
             )
         return
     before = json.loads(path.read_text("utf-8"))
-    settings = json.loads(_json(settings))
-    # How broken files are met may be changed to get past one.
-    for source in itertools.chain(before["sources"], settings["sources"]):
-        source.pop("broken_files")
-    changed = [name for name in settings if before.get(name) != settings[name]]
-    if changed:
-        lines = "; ".join(
-            f"{name} was {before.get(name)}, now {settings[name]}" for name in changed
-        )
+    changed = [line for _, line in differences(_as_options(before), _as_options(settings))]
+    if not changed:
+        return
+    if _has_tokens(output):
         raise DataError(
-            f"{output}: was begun with other settings ({lines}); give a new folder or delete it"
+            f"{output}: was begun with other settings ({'; '.join(changed)}); give a new folder or"
+            " delete it"
         )
+    for name in ("tokenizer", "records", *_SPLITS):
+        if (output / name).exists():
+            shutil.rmtree(output / name)
+
+
+def _as_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings as they are kept, under the names that a user gives them by."""
+    sources = [
+        # How broken files are met may be changed to get past one.
+        {name: value for name, value in source.items() if name != "broken_files"}
+        for source in settings["sources"]
+    ]
+    names = ["source"] if len(sources) == 1 else [f"sources.{i}" for i in range(len(sources))]
+    return {
+        "format": settings["format"],
+        **dict(zip(names, sources, strict=True)),
+        "tokenizer": settings["tokenizer_fingerprint"],
+        "heldout": settings["holdout_fraction"],
+        "shard_tokens": settings["shard_tokens"],
+    }
+
+
+def _has_tokens(output: Path) -> bool:
+    """Tells whether any finished shard holds a token: else nothing is lost by beginning anew."""
+    shards = (path for split in _SPLITS for path in (output / split).glob("*.tokens"))
+    return (output / "manifest.json").is_file() or any(path.stat().st_size for path in shards)
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> Manifest:
@@ -223,9 +249,19 @@ def _check_disk(tasks: list[_Task]) -> None:
     needed, free = left // 8 * width, shutil.disk_usage(output).free
     if needed > free:
         raise DataError(
-            f"{output}: {left / 1e9:.1f} GB of text need at least {needed / 1e9:.1f} GB, and"
-            f" {free / 1e9:.1f} GB are free; give another disk or make room"
+            f"{output}: {_size(left)} of text need at least {_size(needed)}, and {_size(free)}"
+            " are free; give another disk or make room"
         )
+
+
+def _size(count: int) -> str:
+    """Returns bytes in the unit that leaves one to three digits before the point."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def _copy_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
@@ -236,8 +272,14 @@ def _copy_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
+    try:
+        opened = (output / ".lock").open("a+")
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be written to ({error.strerror}); give another folder"
+        ) from error
     # The system frees the lock when the process ends, however it ends.
-    with (output / ".lock").open("a+") as lock:
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -300,8 +342,8 @@ def _prepare_part(task: _Task, tokenizer: Tokenizer, report: Report) -> None:
     documents = read_part(task.part, skipped=skipped)
     consumed = records[-1].consumed if records else 0
     without_tokens = records[-1].skipped.get(_NO_TOKENS, 0) if records else 0
-    for _ in itertools.islice(documents, consumed):
-        pass
+    for chunk in _chunks(itertools.islice(documents, consumed)):
+        report(0, 0, _characters(chunk))
     (task.output / "records").mkdir(exist_ok=True)
     last = False
     while not last:
@@ -315,7 +357,7 @@ def _prepare_part(task: _Task, tokenizer: Tokenizer, report: Report) -> None:
                 written = _write_chunk(chunk, tokenizer, writers, task.holdout_fraction)
                 consumed += len(chunk)
                 without_tokens += len(chunk) - written.documents
-                report(written.documents, written.tokens, sum(len(d.text) for d in chunk))
+                report(written.documents, written.tokens, _characters(chunk))
                 if sum(writer.tokens for writer in writers.values()) >= task.shard_tokens:
                     last = False
                     break
@@ -341,6 +383,10 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+def _characters(chunk: list[Document]) -> int:
+    return sum(len(document.text) for document in chunk)
 
 
 def _write_chunk(
@@ -410,15 +456,17 @@ def _run_processes(tasks: list[_Task], workers: int, meter: "_Meter") -> list[Ex
     # spawn: a fork of a process with threads (JAX has many) can hang.
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
+    stop = context.Event()
     errors: list[Exception] = []
     with concurrent.futures.ProcessPoolExecutor(
         min(workers, len(tasks)),
         mp_context=context,
         initializer=_start_worker,
-        initargs=(reports, tasks[0].tokenizer),
+        initargs=(reports, stop, tasks[0].tokenizer),
     ) as pool:
-        running = {pool.submit(_work, task): task for task in tasks}
         try:
+            with starting_processes():
+                running = {pool.submit(_work, task): task for task in tasks}
             while running:
                 done, _ = concurrent.futures.wait(
                     running, timeout=0.25, return_when=concurrent.futures.FIRST_COMPLETED
@@ -434,6 +482,7 @@ def _run_processes(tasks: list[_Task], workers: int, meter: "_Meter") -> list[Ex
                 if any(not isinstance(error, DataError) for error in errors):
                     break
         finally:
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             meter.drain(reports)
             reports.close()
@@ -445,10 +494,15 @@ _worker: dict[str, Any] = {}
 """What a worker process keeps between its parts."""
 
 
-def _start_worker(reports: Any, tokenizer: Path) -> None:
+class _StoppedError(Exception):
+    """The run ends: what a worker is at is not needed."""
+
+
+def _start_worker(reports: Any, stop: Any, tokenizer: Path) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker["reports"] = reports
+    _worker["stop"] = stop
     _worker["tokenizer"] = load_tokenizer(tokenizer)
 
 
@@ -460,8 +514,13 @@ def _end_with_parent() -> None:
 
 
 def _work(task: _Task) -> None:
-    reports = _worker["reports"]
-    _prepare_part(task, _worker["tokenizer"], lambda *counts: reports.put(counts))
+    _prepare_part(task, _worker["tokenizer"], _report)
+
+
+def _report(documents: int, tokens: int, size: int) -> None:
+    if _worker["stop"].is_set():
+        raise _StoppedError
+    _worker["reports"].put((documents, tokens, size))
 
 
 class _Meter:

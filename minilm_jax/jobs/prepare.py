@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from minilm_jax.data.corpus import Manifest
 from minilm_jax.data.prepare import Progress, prepare
 from minilm_jax.data.sources import TextSource
+from minilm_jax.signals import stoppable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,7 @@ class PrepareConfig:
 
 def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifest:
     """Returns the manifest of the finished corpus."""
-    bar = _Bar() if sys.stderr.isatty() else None
-    try:
+    with stoppable(), _Bar() if sys.stderr.isatty() else nullcontext() as bar:
         manifest = prepare(
             config.source,
             tokenizer=config.tokenizer,
@@ -42,9 +43,6 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
             shard_tokens=config.shard_tokens,
             progress=bar.show if bar else None,
         )
-    finally:
-        if bar:
-            bar.close()
     for split, shards in manifest.splits.items():
         if shards:
             documents = sum(shard.documents for shard in shards)
@@ -77,12 +75,15 @@ class _Bar:
             transient=True,
         )
         self._task = self._bar.add_task("", total=1.0, count="")
+
+    def __enter__(self) -> "_Bar":
         self._bar.start()
+        return self
 
     def show(self, progress: Progress) -> None:
         rate = progress.tokens / max(progress.seconds, 1e-9)
         count = f"{progress.documents:,} documents, {rate / 1e6:.2f} M tokens/s"
         self._bar.update(self._task, completed=progress.done, count=count)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()

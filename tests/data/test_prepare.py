@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import fcntl
 import gzip
+import json
 import multiprocessing
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,7 +94,7 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(text, vocabula
     before = files(out)
     assert prepare(text, tokenizer=vocabulary, output=out, workers=0) == first
     assert files(out) == before
-    with pytest.raises(DataError, match=r"holdout_fraction was 0\.0, now 0\.1"):
+    with pytest.raises(DataError, match=r"other settings \(heldout: 0\.0 -> 0\.1\)"):
         prepare(text, tokenizer=vocabulary, output=out, workers=0, holdout_fraction=0.1)
     (tmp_path / "text" / "0.txt").write_text("another text")
     with pytest.raises(DataError, match="have changed since"):
@@ -175,7 +177,9 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
 ):
     usage = shutil._ntuple_diskusage(1000, 1000, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(DataError, match=r"GB of text need at least .* GB are free"):
+    with pytest.raises(
+        DataError, match=r" \d{2,3} kB of text need at least [1-9]\d* kB, and 0 bytes are free"
+    ):
         prepare(text, tokenizer=vocabulary, output=tmp_path / "out", workers=0)
     assert not (tmp_path / "out" / "records").exists()
 
@@ -286,12 +290,113 @@ def test_sources_without_any_document_are_refused(vocabulary, tmp_path):
         )
 
 
+def test_a_folder_without_a_finished_shard_takes_other_settings(
+    text, english, vocabulary, tmp_path
+):
+    (tmp_path / "text" / "0.txt").rename(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in english[:20]))
+    (tmp_path / "empty.jsonl").write_text("")
+    right = TextSource(paths=(str(tmp_path / "a.jsonl"),))
+    other = tmp_path / "other"
+    train_wordpiece((Document(t) for t in english[:50]), output=other, vocab_size=300)
+    (other / "tokenizer.json").unlink()
+    for wrong in (
+        dataclasses.replace(right, text_column="txt"),
+        dataclasses.replace(right, paths=(str(tmp_path / "empty.jsonl"),)),
+    ):
+        out = tmp_path / "out"
+        with pytest.raises(DataError, match=r"no column 'txt'|no document in the sources"):
+            prepare(wrong, tokenizer=vocabulary, output=out, workers=0)
+        prepare(right, tokenizer=other, output=out, workers=0)
+        with pytest.raises(
+            DataError, match=r"settings \(source\.(paths|text_column): [^;]*; token"
+        ):
+            prepare(wrong, tokenizer=vocabulary, output=out, workers=0)
+        prepare(right, tokenizer=other, output=tmp_path / "new", workers=0)
+        assert files(out) == files(tmp_path / "new")
+        shutil.rmtree(out)
+        shutil.rmtree(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"workers": -1}, "workers is -1: give 0, to work in this process, or more"),
+        ({"shard_tokens": 0}, "shard_tokens is 0: give at least 1"),
+        ({"holdout_fraction": 1.5}, "heldout is 1.5: give a share from 0 to below 1"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(text, vocabulary, tmp_path, settings, message):
+    with pytest.raises(DataError, match=f"^{message}$"):
+        prepare(text, tokenizer=vocabulary, output=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_sentence(text, vocabulary, tmp_path):
+    (tmp_path / "out" / ".lock").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"out: cannot be written to \(Is a directory\)"):
+        prepare(text, tokenizer=vocabulary, output=tmp_path / "out", workers=0)
+
+
 def test_a_folder_with_other_files_is_left_alone(text, vocabulary, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match=r"holds other files \(thesis\.txt\)"):
         prepare(text, tokenizer=vocabulary, output=tmp_path / "home", workers=0)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
+
+
+# A file: the worker runs it too, for its small chunks.
+STOPPED = """
+import sys
+from minilm_jax import cli
+from minilm_jax.data import prepare
+prepare._CHUNK_CHARACTERS = 2_000
+if __name__ == "__main__":
+    sys.exit(cli.main(["prepare", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    "signum,send,begun,status",
+    [
+        (signal.SIGTERM, os.kill, True, 75),
+        (signal.SIGINT, os.killpg, True, 130),
+        (signal.SIGINT, os.killpg, False, 130),
+    ],
+)
+def test_a_signal_ends_the_run_in_order(
+    text, vocabulary, tmp_path, monkeypatch, signum, send, begun, status
+):
+    """Whether the worker works or is about to; a terminal sends SIGINT to it as well."""
+    out = tmp_path / "out"
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    options = {"source.paths": text.paths[0], "source.language": "en", "tokenizer": vocabulary}
+    options |= {"output": out, "workers": 1, "shard-tokens": 500, "heldout": 0}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    child = subprocess.Popen(
+        [sys.executable, tmp_path / "stopped.py", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+    # The worker, beside a process that keeps account of semaphores.
+    while len(children.read_text().split()) < 2 or (begun and not list(out.glob("records/*.json"))):
+        time.sleep(0.001)
+    time.sleep(0 if begun else 0.1)  # amid the worker's imports
+    send(child.pid, signum)
+    _, said = child.communicate(timeout=60)
+    name = signal.Signals(signum).name
+    assert said == f"minilm-jax: stopped by {name}; run the same command to continue\n"
+    assert child.returncode == status
+    assert not any('"last": true' in path.read_text() for path in out.glob("records/*.json"))
+    assert not list(out.rglob("*.unfinished"))
+    monkeypatch.setattr(sources_module, "_SMALLEST_PART", 1 << 20)
+    monkeypatch.setattr(prepare_module, "_CHUNK_CHARACTERS", 2_000)
+    again = {"tokenizer": vocabulary, "workers": 0, "shard_tokens": 500}
+    assert prepare(text, output=out, **again) == prepare(text, output=tmp_path / "whole", **again)
+    assert files(out) == files(tmp_path / "whole")
 
 
 # Small parts, chunks and shards: about three hundred files to be killed between.
