@@ -221,11 +221,13 @@ def _sums(
     # An accelerator has no cache to stay within and wants enough to do at a time.
     block = choose_block(batch=batch, length=length, heads=heads, elements=2**24)
     large = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
-    widest = max(teacher[0].shape[-1], student[0].shape[-1]) // heads
+    of_teacher, of_student = (model[0].shape[-1] // heads for model in (teacher, student))
     dtype = jnp.result_type(*teacher, *student)
+    fits = fits_tpu(length=length, head_teacher=of_teacher, head_student=of_student, dtype=dtype)
     kernels = {}
-    if fits_tpu(length=length, widest=widest) and kernels_can_run("tpu"):
+    if fits and kernels_can_run("tpu"):
         kernels["tpu"] = on_tpu
+    widest = max(of_teacher, of_student)
     if fits_gpu(length=length, head=widest, dtype=dtype) and kernels_can_run("gpu"):
         kernels["cuda"] = on_gpu
     return jax.lax.platform_dependent(*arrays, cpu=cached, default=large, **kernels)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from minilm_jax.distill.relations_blocked import (
@@ -57,9 +58,32 @@ class _Kernel(NamedTuple):
     interpret: bool
 
 
-def fits_tpu(*, length: int, widest: int) -> bool:
-    """Returns whether the kernel suits a length, and heads of either model up to the widest."""
-    return 64 <= length <= 8192 and widest <= 128
+VMEM = 2**24
+"""Bytes of a core's fast memory that a kernel can take, where it is smallest: a v4."""
+
+
+def fits_tpu(*, length: int, head_teacher: int, head_student: int, dtype: DTypeLike) -> bool:
+    """Returns whether the kernel suits a length and heads of these widths: all keys are in VMEM."""
+    if not 64 <= length <= 8192 or max(head_teacher, head_student) > 128:
+        return False
+    tile, student = _tile(length), _fill_up_head(head_student)
+    both = (_fill_up_head(head_teacher) + student) * jnp.dtype(dtype).itemsize
+    # Twice, because the next head's are fetched meanwhile: both models' keys, the fp32 gradient of
+    # the student's, and the segments, each in a line of 128 lanes.
+    keys = 2 * (length + -length % tile) * (both + 4 * student + 4 * 128)
+    # Of a tile. Compiled for a v4, programs took 0.1 MiB more or less than this in all.
+    rows = 2**20 + 8 * tile * both
+    return keys + rows <= VMEM
+
+
+def _tile(length: int) -> int:
+    """Returns the tokens of a tile."""
+    return 128 if length <= 128 else 256
+
+
+def _fill_up_head(head: int) -> int:
+    """Returns the width that the kernel gives a head: whole lines of registers, of 8 or 16."""
+    return -(-head // 16) * 16
 
 
 def tpu_sums(
@@ -74,7 +98,7 @@ def tpu_sums(
 ) -> HeadSums:
     """Returns the loss of every head and, where wanted, its gradients."""
     batch, length, width = student[0].shape
-    tile = 128 if length <= 128 else 256
+    tile = _tile(length)
     padding = -length % tile
     segments = jnp.pad(segments, ((0, 0), (0, padding)))
     weights = jnp.pad(weights, ((0, 0), (0, padding)))
@@ -112,18 +136,14 @@ def tpu_sums(
 def _tokens_last(
     x: Float[Array, "B l D"], *, heads: int, segments: Int[Array, "B L"]
 ) -> Float[Array, "G K L"]:
-    """Returns the heads of every row with tokens last; padding, of tokens and of heads, is zero.
-
-    Eight or sixteen numbers are one line of registers.
-    """
+    """Returns the heads of every row with tokens last; padding, of tokens and of heads, is zero."""
     batch, length, width = x.shape
     x = jnp.pad(x, ((0, 0), (0, segments.shape[1] - length), (0, 0)))
     x = jnp.where(segments[..., None] > 0, x, 0)
     x = x.reshape(batch, -1, heads, width // heads).transpose(0, 2, 3, 1)
     head = width // heads
-    padded = -(-head // 16) * 16
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - head), (0, 0)))
-    return x.reshape(batch * heads, padded, -1)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, _fill_up_head(head) - head), (0, 0)))
+    return x.reshape(batch * heads, _fill_up_head(head), -1)
 
 
 class _Results(NamedTuple):

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
 from minilm_jax.distill.relations_gpu import gpu_sums
-from minilm_jax.distill.relations_tpu import tpu_sums
+from minilm_jax.distill.relations_tpu import fits_tpu, tpu_sums
 from tests.described_gpu import KERNEL_CALL, lowered_for_cuda
 from tests.distill.test_relations import assert_close, models
 from tests.distill.test_relations_blocked import in_context
@@ -90,7 +90,7 @@ def test_any_dtype_large_logits_and_whatever_stands_in_the_padding(sums, types):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
-def program(dtype, *, batch, length, heads, implementation):
+def program(dtype, *, batch, length, heads, implementation, widths=(384, 768)):
     """relation_kl with its gradients, and the types it is compiled for."""
 
     def step(student, teacher, segments):
@@ -106,7 +106,7 @@ def program(dtype, *, batch, length, heads, implementation):
         total, gradients = jax.value_and_grad(total)(student)
         return total[None], gradients
 
-    student, teacher = (jax.ShapeDtypeStruct((batch, length, x), dtype) for x in (384, 768))
+    student, teacher = (jax.ShapeDtypeStruct((batch, length, x), dtype) for x in widths)
     segments = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     return step, ((student, student), (teacher, teacher), segments)
 
@@ -131,16 +131,20 @@ def test_a_shape_that_does_not_suit_the_kernels_takes_blocks():
     assert KERNEL_CALL not in lowered_for_cuda(step, *arguments)
 
 
-@pytest.fixture(scope="module")
-def tpus():
-    """Four chips of a v5e, described by libtpu: compiling for them needs no device."""
+def described_tpus(topology):
+    """Chips described by libtpu: compiling for them needs no device."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("compiling for a TPU needs its compiler: pip install 'jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # The compiler alone is used; another process may use it at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return Mesh(np.asarray(topology.devices).ravel(), ("data",), axis_types=(AxisType.Auto,))
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return Mesh(np.asarray(described.devices).ravel(), ("data",), axis_types=(AxisType.Auto,))
+
+
+@pytest.fixture(scope="module")
+def tpus():
+    return described_tpus("v5e:2x2")
 
 
 def compiled_for_tpus(step, arguments, mesh):
@@ -169,3 +173,36 @@ def test_a_jit_over_a_mesh_of_tpus_moves_no_array(tpus, told):
     text = compiled_for_tpus(in_context(step, tpus) if told else step, arguments, tpus)
     assert (TPU_KERNEL_CALL in text) == told
     assert "all-gather" not in text
+
+
+@pytest.mark.parametrize(
+    "dtype, length, head_teacher, head_student, fits",
+    [
+        (jnp.float32, 512, 128, 128, True),
+        (jnp.float32, 3072, 128, 128, True),
+        (jnp.float32, 3584, 128, 128, False),
+        (jnp.float32, 8192, 32, 32, True),
+        (jnp.float32, 8192, 64, 16, True),
+        (jnp.float32, 8192, 64, 32, False),
+        (jnp.bfloat16, 8192, 64, 48, True),
+        (jnp.bfloat16, 8192, 64, 64, False),
+        (jnp.bfloat16, 16384, 16, 16, False),
+        (jnp.bfloat16, 512, 256, 16, False),
+    ],
+)
+def test_a_head_s_keys_fit_the_smallest_vmem(dtype, length, head_teacher, head_student, fits):
+    """As libtpu decided for a v4."""
+    found = fits_tpu(
+        length=length, head_teacher=head_teacher, head_student=head_student, dtype=dtype
+    )
+    assert found == fits
+
+
+@pytest.mark.usefixtures("no_program_cache")
+def test_the_longest_keys_admitted_compile_for_a_v4():
+    """Heads of 128 numbers, whose kernel the compiler refuses 512 tokens later."""
+    mesh = described_tpus("v4:2x2x1")
+    step, arguments = program(
+        jnp.float32, implementation="auto", batch=2, length=3072, heads=2, widths=(256, 256)
+    )
+    assert TPU_KERNEL_CALL in compiled_for_tpus(in_context(step, mesh), arguments, mesh)
