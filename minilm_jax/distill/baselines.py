@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from minilm_jax.data.masking import NOT_PREDICTED, MaskingConfig
-from minilm_jax.distill.objective import Batch, LossFunction, Objective, Params, batch_counts
+from minilm_jax.distill.objective import (
+    Batch,
+    LossFunction,
+    Objective,
+    Params,
+    Path,
+    batch_counts,
+)
 from minilm_jax.distill.objectives import check_layers, mean_squared_error, uniform_layers
 from minilm_jax.distill.relations_blocked import Wanted
 from minilm_jax.encoder.attention import Projections
@@ -106,6 +113,10 @@ class VocabularyObjective(Objective):
             return Loss(terms=terms, metrics={}, counts=batch_counts(batch))
 
         return loss
+
+    def unreached(self, student: EncoderConfig) -> tuple[Path, ...]:
+        """Returns the masked LM head where nothing but hidden states is compared."""
+        return () if self.soft_weight or self.hard_weight else (("mlm",),)
 
     def teacher_layers(self, teacher: EncoderConfig) -> int:
         """Returns all of them, or 0 where the teacher has no say (plain MLM)."""
@@ -205,6 +216,11 @@ class TinyBertObjective(Objective):
             return Loss(terms=terms, metrics={}, counts=batch_counts(batch))
 
         return loss
+
+    def unreached(self, student: EncoderConfig) -> tuple[Path, ...]:
+        """Returns the layers above the last one compared."""
+        last = max((layer for _, layer in self.layers), default=student.num_hidden_layers)
+        return tuple(("encoder", f"layer_{i}") for i in range(last, student.num_hidden_layers))
 
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
         """Returns the projection of width, [D student, D teacher]."""

@@ -53,8 +53,10 @@ class RelationObjective(Objective):
 
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
         """Raises ConfigError where heads, widths or layers do not fit."""
-        if not self.relations and not self.value_mse:
-            raise ConfigError("objective.relations is empty: there is nothing to distil")
+        if not self._weighted() and not self.value_mse:
+            raise ConfigError(
+                "objective.relations is empty or all of weight 0: there is nothing to distil"
+            )
         if self.heads is None and teacher.num_attention_heads != student.num_attention_heads:
             raise ConfigError(
                 f"the teacher has {teacher.num_attention_heads} attention heads, the student "
@@ -133,7 +135,7 @@ class RelationObjective(Objective):
         Its attention output, its feed-forward, both norms, and every layer above.
         """
         last = max((layer for _, layer in self.layers), default=student.num_hidden_layers)
-        used = {letter for relation, _ in self.relations for letter in relation}
+        used = set("".join(self._weighted()))
         used |= {"v"} if self.value_mse else set()
         names = {"q": "query", "k": "key", "v": "value"}
         block = ("encoder", f"layer_{last - 1}")
@@ -158,6 +160,10 @@ class RelationObjective(Objective):
         names = [f"{teacher_layer}_{student_layer}" for teacher_layer, student_layer in pairs]
         projections = {name: init(k, shape) for name, k in zip(names, keys, strict=True)}
         return {"value_projection": projections}
+
+    def _weighted(self) -> list[Relation]:
+        """Returns the relations that a gradient comes from."""
+        return [relation for relation, weight in self.relations if weight]
 
     def _pairs(self, teacher: EncoderConfig, student: EncoderConfig) -> tuple[tuple[int, int], ...]:
         return self.layers or ((teacher.num_hidden_layers, student.num_hidden_layers),)
@@ -189,7 +195,7 @@ def uniform_layers(*, teacher: int, student: int) -> tuple[tuple[int, int], ...]
 
     The mapping of MiniLM's Table 7 and of TinyBERT; the last layers are a pair.
     """
-    return tuple((round(m * teacher / student), m) for m in range(1, student + 1))
+    return tuple((max(1, round(m * teacher / student)), m) for m in range(1, student + 1))
 
 
 def check_layers(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from minilm_jax.distill.objectives import uniform_layers
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError
@@ -33,22 +34,22 @@ class StudentConfig:
 
 
 def student_encoder_config(student: StudentConfig, teacher: EncoderConfig) -> EncoderConfig:
-    """Returns the student's encoder: the teacher's family, vocabulary, positions; its own size."""
+    """Returns the student's encoder: the teacher's family, vocabulary, positions; its own size.
+
+    Raises:
+      ConfigError: a size is not positive, or the sizes do not fit each other.
+    """
+    inner = student.intermediate_size
     try:
         return dataclasses.replace(
             teacher,
             num_hidden_layers=student.num_hidden_layers,
             hidden_size=student.hidden_size,
             num_attention_heads=student.num_attention_heads,
-            intermediate_size=student.intermediate_size or 4 * student.hidden_size,
+            intermediate_size=4 * student.hidden_size if inner is None else inner,
         )
     except ConfigError as error:
         raise ConfigError(f"student: {error}") from None
-
-
-def spread_layers(layers: int, *, over: int) -> tuple[int, ...]:
-    """Returns `layers` layers (from 1) spread evenly over the teacher's, ending with its last."""
-    return tuple(round((index + 1) * over / layers) for index in range(layers))
 
 
 def init_student(
@@ -84,23 +85,29 @@ def init_student(
 
 
 def check_start(config: StudentConfig, teacher: EncoderConfig) -> None:
-    """Raises ConfigError where the student cannot start from such a teacher as it says."""
+    """Raises ConfigError where the student cannot start from such a teacher as it says.
+
+    Layers that it names must exist whatever it starts from: the blocks they would give are one of
+    the references a run is compared with.
+    """
+    student = student_encoder_config(config, teacher)
+    _check_layers(config, teacher)
     if config.init == "random" and config.embeddings == "random":
         return
-    student = student_encoder_config(config, teacher)
     for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
         if getattr(student, name) > getattr(teacher, name):
             raise ConfigError(
                 f"student.{name}={getattr(student, name)} is larger than the teacher's "
                 f"{getattr(teacher, name)} and cannot start from it; use init=random"
             )
-    if config.init == "random":
-        return
+
+
+def _check_layers(config: StudentConfig, teacher: EncoderConfig) -> None:
     chosen = _copied_layers(config, teacher)
-    if len(chosen) != student.num_hidden_layers:
+    if len(chosen) != config.num_hidden_layers:
         raise ConfigError(
             f"student.teacher_layers names {len(chosen)} layers for a student of "
-            f"{student.num_hidden_layers}"
+            f"{config.num_hidden_layers}"
         )
     for layer in chosen:
         if not 1 <= layer <= teacher.num_hidden_layers:
@@ -111,9 +118,8 @@ def check_start(config: StudentConfig, teacher: EncoderConfig) -> None:
 
 
 def _copied_layers(config: StudentConfig, teacher: EncoderConfig) -> tuple[int, ...]:
-    return config.teacher_layers or spread_layers(
-        config.num_hidden_layers, over=teacher.num_hidden_layers
-    )
+    spread = uniform_layers(teacher=teacher.num_hidden_layers, student=config.num_hidden_layers)
+    return config.teacher_layers or tuple(layer for layer, _ in spread)
 
 
 def _cut(source: Any, like: Any) -> Any:

@@ -10,7 +10,12 @@ import pytest
 
 from minilm_jax import cpu
 from minilm_jax.distill.objectives import RelationObjective, minilm, minilmv2
-from minilm_jax.distill.student import StudentConfig, init_student, student_encoder_config
+from minilm_jax.distill.student import (
+    StudentConfig,
+    check_start,
+    init_student,
+    student_encoder_config,
+)
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError
@@ -75,8 +80,9 @@ def value(objective, params, batch, *, key=None, compute=None):
         RelationObjective(relations=(("qk", 1.0),)),
         RelationObjective(heads=2, relations=(("qv", 0.5),), layers=((2, 1),)),
         RelationObjective(layers=((2, 1), (4, 2))),
+        RelationObjective(relations=(("qk", 0.0), ("vv", 1.0))),
     ],
-    ids=["v1", "v2", "attention only", "qv of layer 1", "layer to layer"],
+    ids=["v1", "v2", "attention only", "qv of layer 1", "layer to layer", "qk only reported"],
 )
 def test_exactly_the_declared_parameters_get_no_gradient(objective, params):
     teacher, student = params
@@ -270,6 +276,7 @@ def test_bfloat16_stays_near_fp32(params):
         (RelationObjective(layers=((4, 2), (4, 2))), {}, {}, r"layers names \(4, 2\) twice"),
         (RelationObjective(relations=(("qk", 1.0), ("qk", 0.5))), {}, {}, r"names qk twice"),
         (RelationObjective(relations=()), {}, {}, r"relations is empty"),
+        (RelationObjective(relations=(("qk", 0.0),)), {}, {}, r"all of weight 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(objective, teacher, student, message):
@@ -334,3 +341,26 @@ def test_a_student_larger_than_its_start_is_refused(params):
         init_student(jax.random.key(0), config, TEACHER, params[0]["encoder"])
     with pytest.raises(ConfigError, match=r"student: num_attention_heads=5"):
         student_encoder_config(StudentConfig(num_attention_heads=5), TEACHER)
+
+
+@pytest.mark.parametrize("init", ["random", "teacher"])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"teacher_layers": (1, 9)},
+            r"teacher_layers names layer 9; the teacher has layers 1 to 4",
+        ),
+        ({"teacher_layers": (1, 2, 3)}, r"teacher_layers names 3 layers for a student of 2"),
+        ({"intermediate_size": 0}, r"student: intermediate_size must be .*, got 0"),
+        ({"intermediate_size": -8}, r"student: intermediate_size must be .*, got -8"),
+        ({"hidden_size": 0}, r"student: hidden_size must be .*, got 0"),
+    ],
+)
+def test_settings_of_the_student_are_checked_whatever_it_starts_from(init, changes, message):
+    config = StudentConfig(
+        num_hidden_layers=2, hidden_size=16, num_attention_heads=4, intermediate_size=32, init=init
+    )
+    check_start(config, TEACHER)
+    with pytest.raises(ConfigError, match=message):
+        check_start(dataclasses.replace(config, **changes), TEACHER)
