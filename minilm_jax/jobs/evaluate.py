@@ -21,6 +21,7 @@ from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.running import jsonable
+from minilm_jax.signals import stoppable
 from minilm_jax.tasks.answers import AnswerConfig, Prediction, answer
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
 from minilm_jax.tasks.catalog import TASKS, Part, Task, TaskData, TaskName, all_pairs, read_part
@@ -101,6 +102,7 @@ class PartResult:
     questions: dict[str, Prediction] = dataclasses.field(default_factory=dict)
 
 
+@stoppable()
 def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[ResultRow]:
     """Returns the figures measured, after writing predictions, results.csv and tables.md."""
     names = model_names(config)

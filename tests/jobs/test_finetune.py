@@ -283,6 +283,10 @@ def test_selection_early_stopping_and_the_best_kept(official, bert, tmp_path, mo
         lengths=LENGTHS,
         batch=RowConfig(batch_size=8),
     )
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "load", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="run the same command to continue"):
+            evaluate.run(config, say=quiet)
     rows = evaluate.run(config, say=quiet)
     assert [row.name for row in rows] == ["step-2", "step-4", "step-6", "step-8"]
     # Another call into the same output: the table would show one model's figure as the other's.
