@@ -55,7 +55,12 @@ def read_model(
     """
     path = resolve(source)
     if path.is_dir() and is_orbax(path):
-        return keep_heads(read_orbax(path, sha256=sha256), heads)
+        model = keep_heads(read_orbax(path, sha256=sha256), heads)
+        leaves = dict(flatten(model.params))
+        if nonfinite == "refuse":
+            _refuse_sick([x for name in leaves for x in _sick(name, leaves[name])], path)
+        _check_labels(model.hf_config, leaves, path / "config.json")
+        return model
     folder = path if path.is_dir() else path.parent
     config_file = _find_config(path)
     hf_config = read_json(config_file)
@@ -144,9 +149,7 @@ def _read_leaves(
                     f"{where} and {twin!r} must be the same tensor and differ: untied embeddings "
                     f"are not supported; {ENCODER_ALONE}"
                 )
-        bad = _count(lambda piece: ~np.isfinite(piece), array)
-        if bad:
-            sick.append(f"{match.foreign} ({bad:,} of {array.size:,})")
+        sick += _sick(match.foreign, array)
         leaves[match.ours] = narrow(array, np.dtype(np.float32), where=where)
         if match.transform == "transpose":
             leaves[match.ours] = np.require(leaves[match.ours].T, requirements="C")
@@ -154,13 +157,24 @@ def _read_leaves(
         done += stored.nbytes
         if on_tensor is not None:
             on_tensor(match.foreign, done, total)
-    if sick and nonfinite == "refuse":
+    if nonfinite == "refuse":
+        _refuse_sick(sick, weights.path)
+    return leaves, dtypes
+
+
+def _sick(name: str, array: np.ndarray) -> list[str]:
+    """Returns "name (so many of so many)" where numbers are not finite, nothing where all are."""
+    bad = _count(lambda piece: ~np.isfinite(piece), array)
+    return [f"{name} ({bad:,} of {array.size:,})"] if bad else []
+
+
+def _refuse_sick(sick: list[str], path: Path) -> None:
+    if sick:
         raise CheckpointError(
-            f"{weights.path} holds NaN or infinite weights in {', '.join(sick[:10])}"
+            f"{path} holds NaN or infinite weights in {', '.join(sick[:10])}"
             f"{' …' if len(sick) > 10 else ''}: "
             f"the checkpoint is broken; convert it with --allow-nonfinite to keep them"
         )
-    return leaves, dtypes
 
 
 def narrow(array: np.ndarray, dtype: np.dtype, *, where: str) -> np.ndarray:

@@ -335,6 +335,16 @@ def test_orbax_both_ways(good, tmp_path):
         read_model(tmp_path / "orbax")
 
 
+def test_39_nonfinite_weights_of_an_orbax_folder(good, tmp_path):
+    good.params["encoder"]["layer_0"]["ffn"]["up"]["bias"][0] = np.nan
+    write_orbax(good, tmp_path / "orbax")
+    with pytest.raises(
+        CheckpointError, match=r"orbax holds NaN .* encoder/layer_0/ffn/up/bias \(1 "
+    ):
+        read_model(tmp_path / "orbax")
+    _same(good, read_model(tmp_path / "orbax", nonfinite="keep"))
+
+
 def test_export_is_free_in_batch_and_length(good, tmp_path):
     write_export(good, tmp_path / "export")
     function = load_export(tmp_path / "export")
