@@ -176,7 +176,7 @@ def _verify_folder(model: Model, report: Callable[[str], None], folder: Path) ->
 
 
 def _verify_orbax(model: Model, report: Callable[[str], None], folder: Path) -> None:
-    again = read_model(folder, heads=tuple(p for p in model.params if p != "encoder"))
+    again = _read_back(model, folder)
     report(f"byte for byte: {check_round_trip(model, again)} tensors")
     with tempfile.TemporaryDirectory() as scratch:
         written = write_model(again, Path(scratch) / "torch", tokenizer_files=())
