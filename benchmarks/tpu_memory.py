@@ -11,6 +11,7 @@ is the same (they differ in learning rate, steps or text) are compiled once.
 
 import argparse
 import dataclasses
+import datetime
 import json
 import time
 from pathlib import Path
@@ -100,13 +101,18 @@ def measure(config: DistillConfig, hardware: str, lift: Lift) -> dict[str, Any]:
         "fits": plan.fits,
         "refusal": plan.refusal,
         "seconds": round(time.monotonic() - began, 1),
+        "date": datetime.date.today().isoformat(),
     }
 
 
 def table(found: dict[str, Any]) -> str:
-    """Returns the table as Markdown, in GiB; what was not compiled is named so."""
+    """Returns the table as Markdown, in GiB; what was not compiled is named so.
+
+    † marks what was compiled before the day of the newest, with the code of its time.
+    """
     columns = [(hardware, lift) for hardware in HARDWARE for lift in ("pmap", "mesh")]
     heads = [f"{hardware}, {lift}" for hardware, lift in columns]
+    newest = max(row["date"] for row in found.values())
     lines = ["| run | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     missing = []
     for name, config in runs():
@@ -120,7 +126,8 @@ def table(found: dict[str, Any]) -> str:
             else:
                 temporary = row["memory"]["temporary"] / GIB
                 bound = "≤ " if row["effort"] < 0 else ""
-                cells.append(f"{bound}{row['total'] / GIB:.2f} ({temporary:.2f})")
+                older = "†" if row["date"] < newest else ""
+                cells.append(f"{bound}{row['total'] / GIB:.2f} ({temporary:.2f}){older}")
         if any(cell != "not measured" for cell in cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         else:
