@@ -225,7 +225,7 @@ def _as_options(settings: dict[str, Any]) -> dict[str, Any]:
 def _has_tokens(output: Path) -> bool:
     """Tells whether any finished shard holds a token: else nothing is lost by beginning anew."""
     shards = (path for split in _SPLITS for path in (output / split).glob("*.tokens"))
-    return (output / "manifest.json").is_file() or any(path.stat().st_size for path in shards)
+    return (output / MANIFEST).is_file() or any(path.stat().st_size for path in shards)
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> Manifest:
