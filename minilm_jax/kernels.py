@@ -1,4 +1,4 @@
-"""What Pallas kernels share: where they can run, and what a program on a GPU sees of an array."""
+"""Where kernels can run; what Pallas kernels share: what a program on a GPU sees of an array."""
 
 import math
 import re
@@ -23,7 +23,7 @@ MASKED = -1e30
 LN_2 = math.log(2)
 
 
-def kernels_can_run(platform: Literal["gpu", "tpu"]) -> bool:
+def kernels_can_run(platform: Literal["cpu", "gpu", "tpu"]) -> bool:
     """Returns whether the arrays being traced are those of one device, and of one that takes them.
 
     They are one device's under pmap and shard_map (`rows.py` included). In a jit over several
@@ -36,7 +36,7 @@ def kernels_can_run(platform: Literal["gpu", "tpu"]) -> bool:
         return whole and described.platform == platform
     # "7.5" of NVIDIA's; AMD's "gfx90a" has none.
     capability = re.match(r"\d+", str(getattr(local, "compute_capability", "")))
-    new = platform == "tpu" or (capability is not None and int(capability[0]) >= AMPERE)
+    new = platform != "gpu" or (capability is not None and int(capability[0]) >= AMPERE)
     return whole and local.platform == platform and new
 
 

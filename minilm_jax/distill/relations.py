@@ -7,6 +7,7 @@ arrays only: no encoder, no batch, no devices.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from minilm_jax import native
 from minilm_jax.distill.relations_blocked import (
     HeadSums,
     Student,
@@ -23,6 +25,7 @@ from minilm_jax.distill.relations_blocked import (
     blocked_sums,
     choose_block,
 )
+from minilm_jax.distill.relations_cpu import cpu_sums
 from minilm_jax.distill.relations_gpu import gpu_sums
 from minilm_jax.distill.relations_tpu import fits_tpu, tpu_sums
 from minilm_jax.errors import ConfigError
@@ -224,7 +227,9 @@ def _sums(
     of_teacher, of_student = (model[0].shape[-1] // heads for model in (teacher, student))
     dtype = jnp.result_type(*teacher, *student)
     fits = fits_tpu(length=length, head_teacher=of_teacher, head_student=of_student, dtype=dtype)
-    kernels = {}
+    kernels: dict[str, Callable[..., HeadSums]] = {}
+    if dtype == jnp.float32 and kernels_can_run("cpu") and native.load("relations"):
+        cached = partial(cpu_sums, heads=heads, wanted=wanted)
     if fits and kernels_can_run("tpu"):
         kernels["tpu"] = on_tpu
     widest = max(of_teacher, of_student)

@@ -8,7 +8,7 @@ take the kernels of dot_product_gpu.py, where no L × L array is ever written.
 B batch, L tokens, D width, H heads (h at a time), K head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from minilm_jax import native
 from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import Attention
+from minilm_jax.encoder.dot_product_cpu import cpu_backward, cpu_forward
 from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
 from minilm_jax.encoder.dropout import kept
 from minilm_jax.kernels import fill_up_head, fits_gpu, kernels_can_run
@@ -80,7 +82,7 @@ def dot_product_attention(
         dropout_rate, words = 0.0, jnp.zeros((query.shape[0], 2), jnp.uint32)
     settings = _Settings(heads, dropout_rate, implementation)
     arrays = (query, key, value, segments, words)
-    if implementation == "auto" and mesh_platform() == "gpu":
+    if implementation == "auto" and mesh_platform() in ("cpu", "gpu"):
         return map_over_rows(lambda rows: _attend(settings, *rows), arrays)
     return _attend(settings, *arrays)
 
@@ -96,7 +98,8 @@ def _forward(
     settings: _Settings, query: Array, key: Array, value: Array, segments: Array, words: Array
 ) -> tuple[Array, _Residuals]:
     arrays = (query, key, value, segments, words)
-    mixed, log_total = _implemented(settings, _plain_forward, gpu_forward, arrays)
+    kernels = {"cpu": cpu_forward, "cuda": gpu_forward}
+    mixed, log_total = _implemented(settings, _plain_forward, kernels, arrays)
     return mixed, _Residuals(query, key, value, mixed, log_total, segments, words)
 
 
@@ -106,7 +109,8 @@ def _backward(
     # The mixed values are kept as they are in any case, as the output layer's input.
     late = not_before(cotangent, residuals)._replace(mixed=residuals.mixed)
     arrays = (cotangent, *late)
-    of_query, of_key, of_value = _implemented(settings, _plain_backward, gpu_backward, arrays)
+    kernels = {"cpu": cpu_backward, "cuda": gpu_backward}
+    of_query, of_key, of_value = _implemented(settings, _plain_backward, kernels, arrays)
     return of_query, of_key, of_value, None, None
 
 
@@ -116,25 +120,33 @@ _attend.defvjp(_forward, _backward)
 def _implemented(
     settings: _Settings,
     plain: Callable[..., tuple[Array, ...]],
-    kernel: Callable[..., tuple[Array, ...]],
+    kernels: Mapping[str, Callable[..., tuple[Array, ...]]],
     arrays: tuple[Array, ...],
 ) -> tuple[Array, ...]:
     """Returns what the implementation computes, on the platform the program is lowered for."""
     heads, rate, implementation = settings
-    plain = partial(plain, heads=heads, rate=rate)
-    _, length, width = arrays[0].shape
-    head = width // heads
-    if (
-        implementation == "plain"
-        or not fixed_shape(arrays[0])
-        or fill_up_head(head) != head
-        or not fits_gpu(length=length, head=head, dtype=arrays[0].dtype)
-        or not kernels_can_run("gpu")
-    ):
-        return plain(*arrays)
-    kernel = partial(kernel, heads=heads, rate=rate)
-    found: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+    bind = partial(partial, heads=heads, rate=rate)
+    if implementation == "plain" or not fixed_shape(arrays[0]):
+        return bind(plain)(*arrays)
+    suited = {
+        platform: bind(kernel)
+        for platform, kernel in kernels.items()
+        if _suits(platform, arrays[0], heads)
+    }
+    if not suited:
+        return bind(plain)(*arrays)
+    found: tuple[Array, ...] = jax.lax.platform_dependent(*arrays, default=bind(plain), **suited)
     return found
+
+
+def _suits(platform: str, x: Float[Array, "B L D"], heads: int) -> bool:
+    """Returns whether a platform's kernels suit the shape, and can run here."""
+    _, length, width = x.shape
+    if platform == "cpu":
+        return x.dtype == jnp.float32 and kernels_can_run("cpu") and native.load("attention")
+    head = width // heads
+    fits = fill_up_head(head) == head and fits_gpu(length=length, head=head, dtype=x.dtype)
+    return fits and kernels_can_run("gpu")
 
 
 def _plain_forward(

@@ -1,0 +1,167 @@
+"""Kernels for CPUs in C++, compiled on the machine they run on, and kept.
+
+XLA's CPU backend computes a softmax between two products as passes over arrays in memory; these
+kernels keep a block of it in a core's caches. Like `torch.compile` on a CPU they need a C++
+compiler (`$CXX`, c++, g++ or clang++). Where there is none, or it fails, XLA's operations compute
+the same, two to three times slower; nothing else depends on it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jaxlib
+from jaxtyping import Array
+
+from minilm_jax.rows import vary_like, zeros_like_any
+
+log = logging.getLogger(__name__)
+
+Source = Literal["attention", "relations"]
+HANDLERS: dict[Source, tuple[str, ...]] = {
+    "attention": ("AttentionForward", "AttentionBackward"),
+    "relations": ("RelationLoss", "RelationLossAndGradients"),
+}
+"""What each file exports: handlers of XLA's foreign function interface."""
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+SECONDS = 300
+"""After which a compiler has failed."""
+
+_lock = threading.Lock()
+
+
+def load(source: Source) -> bool:
+    """Returns whether the kernels of a file can be called.
+
+    The first call in a process loads them, the first on a machine compiles them, in some seconds:
+    into `$XDG_CACHE_HOME/minilm_jax/native`, under a name that says sources, compiler, processor
+    and jaxlib. `MINILM_JAX_NATIVE=0` keeps to XLA's operations.
+    """
+    with _lock:
+        return _load(source)
+
+
+def call(
+    handler: str, *arrays: Array, outputs: Sequence[tuple[int, ...]], **attributes: Any
+) -> list[Array]:
+    """Returns fp32 arrays of the shapes `outputs`, which the handler makes of the arrays.
+
+    Its file has to be loaded. Attributes are numpy scalars of the handler's types.
+    """
+
+    def shapes(*arrays: Array) -> list[Array]:
+        return [zeros_like_any(shape, like=arrays) for shape in outputs]
+
+    results = jax.eval_shape(shapes, *arrays)
+    # One row of the batch at a time would be as right, and slower, as it is under vmap.
+    run = jax.ffi.ffi_call(_target(handler), results, vmap_method="sequential")
+    return list(run(*vary_like(arrays, like=arrays), **attributes))
+
+
+def _target(handler: str) -> str:
+    return f"minilm_jax.{handler}"
+
+
+@functools.cache
+def _load(source: Source) -> bool:
+    if os.environ.get("MINILM_JAX_NATIVE") == "0":
+        return False
+    compiler = _compiler()
+    if compiler is None:
+        log.info("There is no C++ compiler: %s takes XLA's operations.", source)
+        return False
+    try:
+        library = ctypes.CDLL(str(_compiled(source, compiler)))
+        for handler in HANDLERS[source]:
+            capsule = jax.ffi.pycapsule(getattr(library, handler))
+            jax.ffi.register_ffi_target(_target(handler), capsule, platform="cpu")
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip()
+        log.warning(
+            "%s could not compile the CPU kernels of %s.cc; XLA's operations are taken instead, "
+            "which are slower: %s",
+            compiler,
+            source,
+            said[:2000],
+        )
+        return False
+    return True
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    names = [named] if named else ["c++", "g++", "clang++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def _compiled(source: Source, compiler: str) -> Path:
+    """Returns the file's library, compiled if this machine has not done so."""
+    flags, processor = _flags_and_processor(compiler)
+    said = [processor, " ".join(flags), jaxlib.__version__]
+    texts = [(SOURCES / name).read_text() for name in (f"{source}.cc", "tiles.h")]
+    digest = hashlib.sha256("\0".join(said + texts).encode()).hexdigest()[:16]
+    path = _cache() / f"{source}-{digest}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-") as folder:
+        made = Path(folder) / path.name
+        include = ["-I", str(SOURCES), "-isystem", jax.ffi.include_dir()]
+        output = ["-fPIC", "-shared", "-o", str(made)]
+        _run([compiler, *flags, *include, str(SOURCES / f"{source}.cc"), *output])
+        # Other processes may compile the same: whoever is last replaces it by its like.
+        made.replace(path)
+    return path
+
+
+def _flags_and_processor(compiler: str) -> tuple[list[str], str]:
+    """Returns flags, and what the compiler defines by them: its version, the processor's vectors.
+
+    A home directory may be shared by machines of different processors.
+    """
+    empty = ["-x", "c++", "-dM", "-E", os.devnull]
+    for own in ("-march=native", "-mcpu=native"):
+        try:
+            return [*FLAGS, own], _run([compiler, *FLAGS, own, *empty])
+        except subprocess.CalledProcessError:
+            continue
+    return [*FLAGS], _run([compiler, *FLAGS, *empty])
+
+
+def _cache() -> Path:
+    """Returns the folder for libraries; one for this process where there can be no lasting one."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "minilm_jax" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):  # no home, or none to write to
+        return _passing_cache()
+
+
+@functools.cache
+def _passing_cache() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="minilm_jax-native-")
+    _passing.append(folder)
+    return Path(folder.name)
+
+
+_passing: list[tempfile.TemporaryDirectory[str]] = []
+"""Removed when the process ends."""
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+    return done.stdout

@@ -1,0 +1,360 @@
+// What the kernels share: vectors, tiles of rows x keys, segments, and work for all threads.
+//
+// The unit of work is one head of one row of the batch. Its keys stand in panels of `kPanel`, each
+// [features, kPanel], so that every product of logits runs along whole vectors; its rows are met in
+// blocks whose logits, [panels, rows, kPanel], stay within a core's second cache level. What is
+// beyond the last token is filled up and seen by no row.
+
+#ifndef MINILM_JAX_NATIVE_TILES_H_
+#define MINILM_JAX_NATIVE_TILES_H_
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace minilm_jax {
+
+#if defined(__AVX512F__)
+inline constexpr int64_t kLanes = 16, kVectors = 4;
+#elif defined(__AVX__)
+inline constexpr int64_t kLanes = 8, kVectors = 2;
+#else
+inline constexpr int64_t kLanes = 4, kVectors = 4;
+#endif
+inline constexpr int64_t kPanel = kLanes * kVectors;  // keys
+inline constexpr int64_t kRows = 4;                   // of one tile
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+
+template <typename Vector = Floats>
+inline Vector Load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <typename Vector>
+inline void Store(void* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+inline Floats Fill(float x) { return x - Floats{}; }
+
+inline Floats Max(Floats x, Floats y) { return x > y ? x : y; }
+
+inline float Sum(Floats x) {
+  float sum = 0;
+  for (int64_t i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+}
+
+inline float Peak(Floats x) {
+  float peak = x[0];
+  for (int64_t i = 1; i < kLanes; ++i) peak = std::max(peak, x[i]);
+  return peak;
+}
+
+// exp(x) for x <= 0, to two units in the last place; 0 below the smallest normal number, and NaN
+// of NaN.
+inline Floats Exp(Floats of) {
+  const Floats lowest = Fill(-87.33f);
+  const Floats x = Max(of, lowest);
+  const Floats shift = Fill(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded
+  const Floats shifted = x * 1.44269504f + shift;
+  const Floats whole = shifted - shift;
+  Floats rest = x - whole * 0.693145752f;  // ln 2 in two parts
+  rest = rest - whole * 1.42860677e-6f;
+  Floats y = Fill(1.98756915e-4f);  // Cephes' expf
+  y = y * rest + 1.39819995e-3f;
+  y = y * rest + 8.33345190e-3f;
+  y = y * rest + 4.16657959e-2f;
+  y = y * rest + 1.66666655e-1f;
+  y = y * rest + 5.00000012e-1f;
+  y = y * (rest * rest) + rest + 1.0f;
+  const Ints bits = (Load<Ints>(&shifted) << 23) + Load<Ints>(&y);
+  const Floats exponential = Load(&bits);
+  return of >= lowest ? exponential : of < lowest ? Floats{} : of;
+}
+
+inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory for one head's work. It stays with the thread for the next head: taken anew each time, it
+// would be paid for page by page.
+class Scratch {
+ public:
+  // Returns room for `size` numbers on whole cache lines, not initialised, until the next Scratch
+  // of this thread.
+  template <typename Number = float>
+  Number* Take(int64_t size) {
+    return static_cast<Number*>(TakeBytes(RoundUp(size * sizeof(Number) + 1, 64)));
+  }
+
+ private:
+  void* TakeBytes(int64_t size) {
+    struct Room {
+      std::unique_ptr<void, decltype(&std::free)> data{nullptr, &std::free};
+      int64_t size = 0;
+    };
+    static thread_local std::vector<Room> rooms;
+    if (next_ == rooms.size()) rooms.emplace_back();
+    Room& room = rooms[next_++];
+    if (room.size < size) {
+      room = Room();
+      room.data.reset(std::aligned_alloc(64, size));
+      if (!room.data) throw std::bad_alloc();
+      room.size = size;
+    }
+    return room.data.get();
+  }
+
+  size_t next_ = 0;
+};
+
+inline void Zero(float* x, int64_t size) { std::memset(x, 0, size * sizeof(float)); }
+
+// One head of one row of an array [B, L, heads * width].
+struct Head {
+  float* data;
+  int64_t stride;  // from token to token
+  int64_t width;
+
+  Head(const float* array, int64_t length, int64_t heads, int64_t width, int64_t row, int64_t head)
+      : data(const_cast<float*>(array) + (row * length * heads + head) * width),
+        stride(heads * width),
+        width(width) {}
+  float* operator[](int64_t token) const { return data + token * stride; }
+};
+
+// Which keys the tokens of a row see: those of their own number.
+class Segments {
+ public:
+  Segments(const int32_t* segments, int64_t length, Scratch& scratch)
+      : length_(length), filled_(RoundUp(length, kPanel)), numbers_(scratch.Take<int32_t>(filled_)) {
+    std::copy(segments, segments + length, numbers_);
+    // No token has the lowest number.
+    std::fill(numbers_ + length, numbers_ + filled_, std::numeric_limits<int32_t>::min());
+  }
+
+  bool IsPadding(int64_t token) const { return numbers_[token] <= 0; }
+
+  // Which of the keys key, key + 1, ... the token sees.
+  Ints Seen(int64_t token, int64_t key) const {
+    return Load<Ints>(numbers_ + key) == numbers_[token] - Ints{};
+  }
+
+  // The panels [begin, end) in which all keys are that the tokens first, first + 1, ... see. Of a
+  // packed row that is little more than their own documents.
+  std::pair<int64_t, int64_t> Panels(int64_t first, int64_t count) const {
+    const auto [low, high] = std::minmax_element(numbers_ + first, numbers_ + first + count);
+    const int32_t least = *low, most = *high;
+    int64_t begin = 0, end = length_;
+    while (numbers_[begin] < least || numbers_[begin] > most) ++begin;
+    while (numbers_[end - 1] < least || numbers_[end - 1] > most) --end;
+    return {begin / kPanel, RoundUp(end, kPanel) / kPanel};
+  }
+
+ private:
+  int64_t length_, filled_;
+  int32_t* numbers_;
+};
+
+// Copies tokens first, first + 1, ... of a head to [rows, features], scaled; the rest is zero, and
+// so is padding where `valid` is given.
+inline void PackRows(Head head, const Segments* valid, int64_t first, int64_t count, float scale,
+                     int64_t rows, int64_t features, float* to) {
+  Zero(to + count * features, (rows - count) * features);
+  for (int64_t i = 0; i < count; ++i, to += features) {
+    if (valid && valid->IsPadding(first + i)) {
+      Zero(to, features);
+      continue;
+    }
+    const float* from = head[first + i];
+    int64_t d = 0;
+    for (; d + kLanes <= head.width; d += kLanes) Store(to + d, Load(from + d) * scale);
+    for (; d < head.width; ++d) to[d] = from[d] * scale;
+    for (; d < features; ++d) to[d] = 0;
+  }
+}
+
+// The first or the second half of two vectors, element by element in turn.
+template <int32_t first, size_t... i>
+inline Floats Interleave(Floats x, Floats y, std::index_sequence<i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, (first + i / 2 + i % 2 * kLanes)...);
+#else
+  return __builtin_shuffle(x, y, Ints{static_cast<int32_t>(first + i / 2 + i % 2 * kLanes)...});
+#endif
+}
+
+// Transposes a square of kLanes vectors: each round puts a bit of the row into the column.
+inline void Transpose(Floats (&square)[kLanes]) {
+  constexpr std::make_index_sequence<kLanes> lanes;
+  for (int64_t round = 1; round < kLanes; round *= 2) {
+    Floats mixed[kLanes];
+    for (int64_t i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = Interleave<0>(square[i], square[i + kLanes / 2], lanes);
+      mixed[2 * i + 1] = Interleave<kLanes / 2>(square[i], square[i + kLanes / 2], lanes);
+    }
+    std::copy(mixed, mixed + kLanes, square);
+  }
+}
+
+// The first numbers of a vector, as many as there are.
+inline Floats LoadSome(const float* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
+  Floats x{};
+  for (int64_t i = 0; i < count; ++i) x[i] = from[i];
+  return x;
+}
+
+inline void StoreSome(float* to, Floats x, int64_t count) {
+  if (count >= kLanes) return Store(to, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = x[i];
+}
+
+// Transposes a head to panels [panels, features, kPanel]; the rest is zero, and so is padding where
+// `valid` is given.
+inline void PackPanels(Head head, const Segments* valid, int64_t length, int64_t features,
+                       float* to) {
+  for (int64_t token = 0; token < RoundUp(length, kPanel); token += kLanes) {
+    float* columns = to + token / kPanel * features * kPanel + token % kPanel;
+    for (int64_t d = 0; d < features; d += kLanes) {
+      Floats square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const bool filled = token + i < length && !(valid && valid->IsPadding(token + i));
+        square[i] = filled ? LoadSome(head[token + i] + d, head.width - d) : Floats{};
+      }
+      Transpose(square);
+      for (int64_t i = 0; i < std::min(kLanes, features - d); ++i)
+        Store(columns + (d + i) * kPanel, square[i]);
+    }
+  }
+}
+
+// Transposes panels [panels, features, kPanel] to a head.
+inline void UnpackPanels(const float* panels, int64_t length, int64_t features, Head to) {
+  for (int64_t token = 0; token < length; token += kLanes) {
+    const float* columns = panels + token / kPanel * features * kPanel + token % kPanel;
+    for (int64_t d = 0; d < to.width; d += kLanes) {
+      Floats square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        square[i] = d + i < to.width ? Load(columns + (d + i) * kPanel) : Floats{};
+      Transpose(square);
+      for (int64_t i = 0; i < std::min(kLanes, length - token); ++i)
+        StoreSome(to[token + i] + d, square[i], to.width - d);
+    }
+  }
+}
+
+// to[i, :] (+)= sum over n < count of a[i * a_row + n * a_next] * b[n * b_next, :]: kRows rows of
+// V vectors, `to` with `to_row` from row to row.
+template <int64_t V>
+inline void Tile(const float* a, int64_t a_row, int64_t a_next, const float* b, int64_t b_next,
+                 int64_t count, bool add, float* to, int64_t to_row) {
+  Floats sums[kRows][V];
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t v = 0; v < V; ++v)
+      sums[i][v] = add ? Load(to + i * to_row + v * kLanes) : Floats{};
+  for (int64_t n = 0; n < count; ++n) {
+    Floats row[V];
+    for (int64_t v = 0; v < V; ++v) row[v] = Load(b + n * b_next + v * kLanes);
+    for (int64_t i = 0; i < kRows; ++i) {
+      const float x = a[i * a_row + n * a_next];
+      for (int64_t v = 0; v < V; ++v) sums[i][v] += x * row[v];
+    }
+  }
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t v = 0; v < V; ++v) Store(to + i * to_row + v * kLanes, sums[i][v]);
+}
+
+// logits [rows, kPanel] of one panel = a [rows, features] . panel [features, kPanel].
+inline void Logits(const float* a, const float* panel, int64_t rows, int64_t features,
+                   float* logits) {
+  for (int64_t i = 0; i < rows; i += kRows)
+    Tile<kVectors>(a + i * features, features, 1, panel, kPanel, features, false,
+                   logits + i * kPanel, kPanel);
+}
+
+// of_panel [features, kPanel] += a [rows, features]^T . slopes [rows, kPanel].
+inline void AddToPanel(const float* a, const float* slopes, int64_t rows, int64_t features,
+                       float* of_panel) {
+  for (int64_t d = 0; d < features; d += kRows)
+    Tile<kVectors>(a + d, 1, features, slopes, kPanel, rows, true, of_panel + d * kPanel, kPanel);
+}
+
+// to [rows, columns] += weights [rows, kPanel] . b [kPanel, columns], of one panel.
+inline void AddToRows(const float* weights, const float* b, int64_t rows, int64_t columns,
+                      float* to) {
+  const auto tile = [&](auto vectors, int64_t i, int64_t d) {
+    Tile<vectors>(weights + i * kPanel, kPanel, 1, b + d, columns, kPanel, true,
+                  to + i * columns + d, columns);
+    return d + vectors * kLanes;
+  };
+  for (int64_t i = 0; i < rows; i += kRows)
+    for (int64_t d = 0; d < columns;) {
+      const int64_t left = (columns - d) / kLanes;
+      if (left >= 4) d = tile(std::integral_constant<int64_t, 4>(), i, d);
+      else if (left >= 2) d = tile(std::integral_constant<int64_t, 2>(), i, d);
+      else d = tile(std::integral_constant<int64_t, 1>(), i, d);
+    }
+}
+
+// Runs work(0) ... work(count - 1) on the threads of the pool; returns when all is done.
+//
+// The caller takes part, and waits for nothing that was not begun: the pool's threads may all be
+// busy, with callers of this function too.
+inline xla::ffi::Error ForEach(xla::ffi::ThreadPool& pool, int64_t count,
+                               std::function<void(int64_t)> work) {
+  struct Shared {
+    std::function<void(int64_t)> work;
+    int64_t count;
+    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> no_memory{false};
+    std::mutex mutex;
+    std::condition_variable all_done;
+
+    void Run() {
+      for (int64_t i; (i = next.fetch_add(1)) < count;) {
+        try {
+          work(i);
+        } catch (const std::bad_alloc&) {
+          no_memory = true;
+        }
+        if (done.fetch_add(1) + 1 == count) {
+          std::lock_guard<std::mutex> lock(mutex);
+          all_done.notify_all();
+        }
+      }
+    }
+  };
+  // Shared with helpers that come when all is done, after the caller has returned.
+  auto shared = std::make_shared<Shared>();
+  shared->work = std::move(work);
+  shared->count = count;
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Run(); });
+  shared->Run();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done.load() == count; });
+  if (shared->no_memory)
+    return xla::ffi::Error(xla::ffi::ErrorCode::kResourceExhausted, "A kernel is out of memory.");
+  return xla::ffi::Error::Success();
+}
+
+}  // namespace minilm_jax
+
+#endif  // MINILM_JAX_NATIVE_TILES_H_
