@@ -47,7 +47,7 @@ def load(source: Source) -> bool:
 
     The first call in a process loads them, the first on a machine compiles them, in some seconds:
     into `$XDG_CACHE_HOME/minilm_jax/native`, under a name that says sources, compiler, processor
-    and jaxlib. `MINILM_JAX_NATIVE=0` keeps to XLA's operations.
+    and jaxlib, and the library's own contents. `MINILM_JAX_NATIVE=0` keeps to XLA's operations.
     """
     with _lock:
         return _load(source)
@@ -92,7 +92,7 @@ def _load(source: Source) -> bool:
         log.warning(
             "%s could not compile the CPU kernels of %s.cc; XLA's operations are taken instead, "
             "which are slower: %s",
-            compiler,
+            " ".join(compiler),
             source,
             said[:2000],
         )
@@ -100,32 +100,37 @@ def _load(source: Source) -> bool:
     return True
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    names = [named] if named else ["c++", "g++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name))), None)
+def _compiler() -> list[str] | None:
+    """Returns how a command that compiles begins: `$CXX` may hold options, as make allows."""
+    named = os.environ.get("CXX", "").split()
+    commands = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    return next((command for command in commands if shutil.which(command[0])), None)
 
 
-def _compiled(source: Source, compiler: str) -> Path:
+def _compiled(source: Source, compiler: list[str]) -> Path:
     """Returns the file's library, compiled if this machine has not done so."""
     flags, processor = _flags_and_processor(compiler)
     said = [processor, " ".join(flags), jaxlib.__version__]
     texts = [(SOURCES / name).read_text() for name in (f"{source}.cc", "tiles.h")]
-    digest = hashlib.sha256("\0".join(said + texts).encode()).hexdigest()[:16]
-    path = _cache() / f"{source}-{digest}.so"
-    if path.exists():
-        return path
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-") as folder:
-        made = Path(folder) / path.name
+    name, cache = f"{source}-{_digest(chr(0).join(said + texts).encode())}", _cache()
+    # To load a library that was cut short, as by a crash of the machine, can end the process.
+    for path in cache.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_digest(path.read_bytes())}":
+            return path
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".compiling-") as folder:
+        made = Path(folder) / f"{name}.so"
         include = ["-I", str(SOURCES), "-isystem", jax.ffi.include_dir()]
         output = ["-fPIC", "-shared", "-o", str(made)]
-        _run([compiler, *flags, *include, str(SOURCES / f"{source}.cc"), *output])
+        _run([*compiler, *flags, *include, str(SOURCES / f"{source}.cc"), *output])
         # Other processes may compile the same: whoever is last replaces it by its like.
-        made.replace(path)
-    return path
+        return made.replace(cache / f"{name}-{_digest(made.read_bytes())}.so")
 
 
-def _flags_and_processor(compiler: str) -> tuple[list[str], str]:
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _flags_and_processor(compiler: list[str]) -> tuple[list[str], str]:
     """Returns flags, and what the compiler defines by them: its version, the processor's vectors.
 
     A home directory may be shared by machines of different processors.
@@ -133,10 +138,10 @@ def _flags_and_processor(compiler: str) -> tuple[list[str], str]:
     empty = ["-x", "c++", "-dM", "-E", os.devnull]
     for own in ("-march=native", "-mcpu=native"):
         try:
-            return [*FLAGS, own], _run([compiler, *FLAGS, own, *empty])
+            return [*FLAGS, own], _run([*compiler, *FLAGS, own, *empty])
         except subprocess.CalledProcessError:
             continue
-    return [*FLAGS], _run([compiler, *FLAGS, *empty])
+    return [*FLAGS], _run([*compiler, *FLAGS, *empty])
 
 
 def _cache() -> Path:
@@ -163,5 +168,8 @@ _passing: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+    # What a compiler says may be in another encoding than this process's.
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS
+    )
     return done.stdout
