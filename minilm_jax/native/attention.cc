@@ -197,9 +197,11 @@ void BackwardHead(const Place& place, const Array& cotangent, const Array& query
       const int64_t token = first + i;
       const float own_log_total = log_total.typed_data()[place.line(token)];
       // The sum of p_l * slope_l over keys, of the softmax's gradient, from what is at hand.
-      float shared = 0;
-      for (int64_t d = 0; d < problem.width; ++d)
-        shared += cotangents[i * features + d] * mixed_head[token][d];
+      Floats products{};
+      for (int64_t d = 0; d < problem.width; d += kLanes)
+        products += LoadSome(cotangents + i * features + d, problem.width - d) *
+                    LoadSome(mixed_head[token] + d, problem.width - d);
+      const float shared = Sum(products);
       each([&](float* weight, float* slope, int64_t at) {
         const Floats zero{};
         const Floats p = segments.Seen(token, at) ? Exp(Load(weight) - own_log_total) : zero;

@@ -56,17 +56,38 @@ inline Floats Fill(float x) { return x - Floats{}; }
 
 inline Floats Max(Floats x, Floats y) { return x > y ? x : y; }
 
-inline float Sum(Floats x) {
-  float sum = 0;
-  for (int64_t i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
+inline constexpr std::make_index_sequence<kLanes> kLane;
+
+// The numbered elements of two vectors, one after the other.
+template <int32_t... numbers>
+inline Floats Pick(Floats x, Floats y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, numbers...);
+#else
+  return __builtin_shuffle(x, y, Ints{numbers...});
+#endif
 }
 
-inline float Peak(Floats x) {
-  float peak = x[0];
-  for (int64_t i = 1; i < kLanes; ++i) peak = std::max(peak, x[i]);
-  return peak;
+template <int32_t by, size_t... i>
+inline Floats Rotate(Floats x, std::index_sequence<i...>) {
+  return Pick<static_cast<int32_t>((i + by) % kLanes)...>(x, x);
 }
+
+// All elements joined, in the order of a tree.
+template <typename Join>
+inline float Fold(Floats x, Join&& join) {
+  if constexpr (kLanes >= 16) x = join(x, Rotate<8>(x, kLane));
+  if constexpr (kLanes >= 8) x = join(x, Rotate<4>(x, kLane));
+  x = join(x, Rotate<2>(x, kLane));
+  x = join(x, Rotate<1>(x, kLane));
+  return x[0];
+}
+
+inline float Sum(Floats x) {
+  return Fold(x, [](Floats x, Floats y) { return x + y; });
+}
+
+inline float Peak(Floats x) { return Fold(x, Max); }
 
 // exp(x) for x <= 0, to two units in the last place; 0 below the smallest normal number, and NaN
 // of NaN.
@@ -193,21 +214,16 @@ inline void PackRows(Head head, const Segments* valid, int64_t first, int64_t co
 // The first or the second half of two vectors, element by element in turn.
 template <int32_t first, size_t... i>
 inline Floats Interleave(Floats x, Floats y, std::index_sequence<i...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, (first + i / 2 + i % 2 * kLanes)...);
-#else
-  return __builtin_shuffle(x, y, Ints{static_cast<int32_t>(first + i / 2 + i % 2 * kLanes)...});
-#endif
+  return Pick<static_cast<int32_t>(first + i / 2 + i % 2 * kLanes)...>(x, y);
 }
 
 // Transposes a square of kLanes vectors: each round puts a bit of the row into the column.
 inline void Transpose(Floats (&square)[kLanes]) {
-  constexpr std::make_index_sequence<kLanes> lanes;
   for (int64_t round = 1; round < kLanes; round *= 2) {
     Floats mixed[kLanes];
     for (int64_t i = 0; i < kLanes / 2; ++i) {
-      mixed[2 * i] = Interleave<0>(square[i], square[i + kLanes / 2], lanes);
-      mixed[2 * i + 1] = Interleave<kLanes / 2>(square[i], square[i + kLanes / 2], lanes);
+      mixed[2 * i] = Interleave<0>(square[i], square[i + kLanes / 2], kLane);
+      mixed[2 * i + 1] = Interleave<kLanes / 2>(square[i], square[i + kLanes / 2], kLane);
     }
     std::copy(mixed, mixed + kLanes, square);
   }
