@@ -76,9 +76,9 @@ def relation_kl(
         implementation: `reference` materialises every relation, R·L² numbers a row of the
             batch, and lets JAX differentiate it; the others compute loss and gradients together.
             `blocked` runs anywhere; `pallas` has kernels for TPUs and NVIDIA GPUs, and elsewhere
-            interprets them, slowly, to test them. `auto` takes the kernels where they exist,
-            suit the shape and run on one device's part of the batch (under pmap, shard_map, with
-            a mesh in context, or with one device), else blocks.
+            interprets them, slowly, to test them. `auto` takes the kernels where they exist (those
+            in C++ for fp32 on a CPU too), suit the shape and run on one device's part of the batch
+            (under pmap, shard_map, with a mesh in context, or with one device), else blocks.
 
     Returns:
         The loss in fp32, computed in fp32 for inputs of any dtype.

@@ -96,4 +96,5 @@ class Compute:
     remat: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
     attention: Attention = "auto"
-    """plain: XLA's operations alone. auto: the kernels on NVIDIA GPUs (Ampere and later)."""
+    """plain: XLA's operations alone. auto: kernels on NVIDIA GPUs (Ampere and later) and, in fp32,
+    on CPUs."""

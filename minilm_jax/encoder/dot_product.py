@@ -1,9 +1,10 @@
 """Dot-product attention whose gradient keeps no L × L array.
 
 Every such array is computed again from queries, keys and one number a row, as FlashAttention does
-(Dao et al., arXiv 2205.14135), so that a layer's activations are O(L·D). On a CPU a few heads are
-computed at a time, to bound memory; an accelerator gets all of them at once. NVIDIA GPUs
-take the kernels of dot_product_gpu.py, where no L × L array is ever written.
+(Dao et al., arXiv 2205.14135), so that a layer's activations are O(L·D). NVIDIA GPUs and, in fp32,
+CPUs take the kernels of dot_product_gpu.py and dot_product_cpu.py, where no L × L array is ever
+written. Without them a CPU computes a few heads at a time, to bound memory; an accelerator gets all
+of them at once.
 
 B batch, L tokens, D width, H heads (h at a time), K head width.
 """
@@ -76,7 +77,8 @@ def dot_product_attention(
       dropout_rate: share of the probabilities that is dropped.
       words: two random words for each row (`row_words`), which choose them; None drops nothing.
       implementation: `plain` is made of XLA's operations. `auto` takes the kernels of
-        dot_product_gpu.py on NVIDIA GPUs where they suit the shape, else the plain one.
+        dot_product_gpu.py on NVIDIA GPUs where they suit the shape and those of dot_product_cpu.py
+        for fp32 on CPUs, else the plain one.
     """
     if words is None:
         dropout_rate, words = 0.0, jnp.zeros((query.shape[0], 2), jnp.uint32)

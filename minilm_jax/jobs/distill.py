@@ -35,6 +35,7 @@ from minilm_jax.errors import ConfigError, DataError
 from minilm_jax.jobs import running
 from minilm_jax.jobs.running import (
     describe,
+    describe_devices,
     join_hosts,
     open_checkpoints,
     open_devices,
@@ -644,7 +645,7 @@ def _opening(
     return (
         f"teacher  {config.teacher.source}: {size(teacher)}\n"
         f"student  {size(student)}, {config.student.init} start\n"
-        f"devices  {devices.count} × {devices.devices[0].device_kind}{lift}"
+        f"devices  {describe_devices(devices)}{lift}"
     )
 
 

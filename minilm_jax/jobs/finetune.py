@@ -36,6 +36,7 @@ from minilm_jax.jobs.evaluate import (
 from minilm_jax.jobs.running import (
     Say,
     describe,
+    describe_devices,
     join_hosts,
     open_checkpoints,
     open_devices,
@@ -252,7 +253,7 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
     with own_folder(config.output, described, override=config.override):
         say(
             f"{task.name}: {len(examples):,} examples, {len(batches.features):,} rows; model "
-            f"{config.model}; {devices.count} × {devices.devices[0].platform}"
+            f"{config.model}; {describe_devices(devices)}"
         )
         best = training.run()
         reported = [parts[part] for part in reporting]

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import optax
 
+from minilm_jax import native
 from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
@@ -39,6 +40,14 @@ def open_devices(config: EngineConfig, *, batch_size: int) -> Devices:
     devices = Devices(config.lift, fsdp=config.fsdp, count=config.devices)
     devices.check_batch(batch_size, accumulate=config.accumulate)
     return devices
+
+
+def describe_devices(devices: Devices) -> str:
+    """Returns how many devices of which kind, for what a job says when it starts."""
+    first = devices.devices[0]
+    slow = first.platform == "cpu" and not native.load("attention")
+    told = ", without the kernels in C++ (README)" if slow else ""
+    return f"{devices.count} × {first.device_kind}{told}"
 
 
 def describe(config: Any, **fingerprints: str | Mapping[str, str]) -> dict[str, Any]:
