@@ -5,6 +5,7 @@ A script stands for the compiler and copies what the real one made: that takes s
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,22 @@ def test_two_processes_may_compile_at_once(library, tmp_path, monkeypatch):
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert script.compiled() == 2
     assert len(list((tmp_path / "minilm_jax" / "native").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="options are GCC's")
+@pytest.mark.parametrize("vectors", ["-march=x86-64", "-march=x86-64 -mavx2 -mfma"], ids=str)
+def test_kernels_for_older_processors(vectors, tmp_path):
+    """What this machine's processor is not, compiled for in its place and run."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("options are those of x86-64")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec g++ $(echo "$@" | sed s/-march=native/"{vectors}"/)\n')
+    compiler.chmod(0o755)
+    settings = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
+    tests = ["tests/encoder/test_dot_product_cpu.py", "tests/distill/test_relations_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-k", "cpu", *tests]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+    assert len(list((tmp_path / "minilm_jax" / "native").iterdir())) == 2

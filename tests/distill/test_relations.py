@@ -10,14 +10,11 @@ import pytest
 from minilm_jax.distill.relations import RelationLoss, relation_kl
 from minilm_jax.errors import ConfigError
 
-# Interpreting the kernels takes long: they are held to some properties here, and to the reference
-# in test_relations_kernels.py.
-KERNELS_TOO = pytest.mark.parametrize("implementation", ["reference", "blocked", "pallas"])
-
-
-@pytest.fixture(params=["reference", "blocked"])
-def implementation(request):
-    return request.param
+# Interpreting the kernels for accelerators takes long: they are held to some properties here, and
+# to the reference in test_relations_kernels.py.
+PALLAS_TOO = pytest.mark.parametrize(
+    "implementation", ["reference", "blocked", "auto", "pallas"], indirect=True
+)
 
 
 def arrays(shape, seed, *, scale=1.0, dtype=np.float32):
@@ -75,7 +72,7 @@ def by_hand(teacher, student, *, segments, heads):
     return per_head, count
 
 
-@KERNELS_TOO
+@PALLAS_TOO
 def test_follows_the_definition(implementation):
     teacher, student = models(3, 11, scale=1.0)
     segments = jnp.asarray(
@@ -97,6 +94,41 @@ def test_one_document_in_two_places_of_a_row_is_one_sequence(implementation):
     per_head, count = by_hand(teacher, student, segments=segments, heads=2)
     assert loss.count == count == 2
     np.testing.assert_allclose(loss.per_head, per_head, rtol=1e-5)
+
+
+def test_one_head_as_wide_as_the_models(implementation):
+    teacher, student = models(2, 11, teacher_width=37, student_width=21, scale=1.0)
+    segments = jnp.asarray([[3] * 6 + [1] * 4 + [0], [1] * 11])
+    settings = {"segments": segments, "heads": 1}
+    loss = relation_kl(teacher, student, implementation=implementation, **settings)
+    per_head, _ = by_hand(teacher, student, **settings)
+    np.testing.assert_allclose(loss.per_head, per_head, rtol=1e-5)
+
+
+def test_the_loss_alone_is_that_with_gradients(implementation):
+    """Without gradients it is computed by another program."""
+    teacher, student = models(2, 9)
+    segments = jnp.asarray([[1] * 9, [1] * 4 + [2] * 3 + [0] * 2])
+    settings = {"segments": segments, "heads": 3, "implementation": implementation}
+    alone = relation_kl(teacher, student, **settings)
+    assert_close(alone, loss_and_gradients(teacher, student, **settings)[0], relative=1e-6)
+
+
+@pytest.mark.parametrize("model", [0, 1], ids=["teacher", "student"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_no_number_in_a_token_is_none_in_its_head_s_loss(implementation, model, side):
+    both = models(2, 9)
+    arrays = list(both[model])
+    width = arrays[side].shape[-1] // 3
+    arrays[side] = arrays[side].at[1, 5, 2 * width - 1].set(np.nan)
+    teacher, student = (tuple(arrays) if i == model else both[i] for i in (0, 1))
+    segments = jnp.asarray([[1] * 9, [1] * 4 + [2] * 3 + [0] * 2])
+    loss, gradients = loss_and_gradients(
+        teacher, student, segments=segments, heads=3, implementation=implementation
+    )
+    np.testing.assert_array_equal(np.isnan(loss.per_head), [False, True, False])
+    assert np.isnan(loss.total)
+    assert all(np.isnan(x[1]).any() and not np.isnan(x[0]).any() for x in gradients)
 
 
 def test_direction_is_from_teacher_to_student(implementation):
@@ -172,7 +204,7 @@ def test_padding_content_and_amount_do_not_count(implementation):
             np.testing.assert_array_equal(x[:, 8:], 0)
 
 
-@KERNELS_TOO
+@PALLAS_TOO
 def test_packing_does_not_count(implementation):
     lengths = (5, 1, 7, 3)
     teacher, student = models(4, 7)
@@ -211,7 +243,7 @@ def test_the_parts_of_a_batch_add_up(implementation):
     assert_close(jax.tree.map(jnp.add, *parts), whole, relative=1e-6)
 
 
-@KERNELS_TOO
+@PALLAS_TOO
 def test_a_batch_of_padding_is_zero(implementation):
     teacher, student = models(2, 5)
     loss, gradients = loss_and_gradients(
@@ -225,7 +257,7 @@ def test_a_batch_of_padding_is_zero(implementation):
         np.testing.assert_array_equal(x, 0)
 
 
-@KERNELS_TOO
+@PALLAS_TOO
 def test_regrouping_concatenates_heads_of_a_token_and_splits_again(implementation):
     # Four attention heads of width 3 become three relation heads of width 4. Each number is its
     # token, head and column, so that whatever mixes tokens makes another relation.

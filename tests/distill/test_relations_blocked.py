@@ -10,7 +10,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_me
 
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
 from minilm_jax.distill.relations_blocked import Block, blocked_sums, choose_block
-from tests.distill.test_relations import arrays, assert_close, loss_and_gradients, models
+from tests.distill.test_relations import (
+    PALLAS_TOO,
+    arrays,
+    assert_close,
+    loss_and_gradients,
+    models,
+)
 
 RAGGED = [[1] * 37, [3] * 20 + [1] * 9 + [0] * 8, [0] * 37, [2] * 5 + [0] * 32]
 
@@ -52,7 +58,7 @@ def test_values_and_gradients_are_those_of_the_reference(block, segments):
     assert_close(alone.per_head, expected[0])
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "pallas"])
+@PALLAS_TOO
 def test_one_array_with_itself_gets_both_gradients(implementation):
     (teacher, _), (student, _) = models(2, 9)
 
@@ -70,13 +76,13 @@ def test_one_array_with_itself_gets_both_gradients(implementation):
     assert_close(function(student, implementation), function(student, "reference"))
 
 
-def test_values_and_gradients_at_the_size_of_a_student():
+def test_values_and_gradients_at_the_size_of_a_student(implementation):
     teacher, student = models(2, 150, teacher_width=768, student_width=384, scale=1.5)
     segments = jnp.asarray([[1] * 150, [1] * 60 + [2] * 61 + [0] * 29])
     settings = {"segments": segments, "heads": 48}
     expected = loss_and_gradients(teacher, student, implementation="reference", **settings)
     assert_close(
-        loss_and_gradients(teacher, student, implementation="blocked", **settings), expected
+        loss_and_gradients(teacher, student, implementation=implementation, **settings), expected
     )
 
 
@@ -98,22 +104,24 @@ def gradients_of_sum(implementation):
     return jax.jit(jax.value_and_grad(total, argnums=1, has_aux=True))
 
 
-def test_under_jit_and_checkpoint():
+def test_under_jit_and_checkpoint(implementation):
     teacher, student, segments = settings_and_models()
     (_, expected), expected_gradients = gradients_of_sum("reference")(teacher, student, segments)
 
     def total(student):
-        return relation_kl(teacher, student, segments=segments, heads=3).total
+        return relation_kl(
+            teacher, student, segments=segments, heads=3, implementation=implementation
+        ).total
 
     value, gradients = jax.jit(jax.value_and_grad(jax.checkpoint(total)))(student)
     assert_close((value, gradients), (expected.total, expected_gradients))
 
 
-def test_under_vmap():
+def test_under_vmap(implementation):
     teacher, student, segments = settings_and_models()
     folded = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), (teacher, student, segments))
     (_, expected), expected_gradients = jax.jit(jax.vmap(gradients_of_sum("reference")))(*folded)
-    (_, loss), gradients = jax.jit(jax.vmap(gradients_of_sum("blocked")))(*folded)
+    (_, loss), gradients = jax.jit(jax.vmap(gradients_of_sum(implementation)))(*folded)
     assert_close((loss, gradients), (expected, expected_gradients))
 
 
@@ -230,10 +238,14 @@ def test_a_block_fits_the_shape(batch, length, heads):
     assert elements <= 2**19 * 1.1 or block.rows == 8
 
 
-def test_length_one():
+def test_length_one(implementation):
     teacher, student = models(3, 1)
     loss, gradients = loss_and_gradients(
-        teacher, student, segments=jnp.asarray([[1], [0], [4]]), heads=3, implementation="blocked"
+        teacher,
+        student,
+        segments=jnp.asarray([[1], [0], [4]]),
+        heads=3,
+        implementation=implementation,
     )
     assert loss.count == 2
     np.testing.assert_array_equal(loss.per_head, 0)
@@ -241,14 +253,16 @@ def test_length_one():
         np.testing.assert_allclose(x, jnp.zeros_like(x), atol=1e-6)
 
 
-def test_inputs_of_different_dtypes():
+def test_inputs_of_different_dtypes(implementation):
     teacher, student = models(2, 12)
     student = (student[0].astype(jnp.bfloat16), student[1])
     settings = {"segments": jnp.ones((2, 12), jnp.int32), "heads": 3}
     expected, expected_gradients = loss_and_gradients(
         teacher, student, implementation="reference", **settings
     )
-    loss, gradients = loss_and_gradients(teacher, student, implementation="blocked", **settings)
+    loss, gradients = loss_and_gradients(
+        teacher, student, implementation=implementation, **settings
+    )
     assert_close(loss, expected)
     assert [x.dtype for x in gradients] == [jnp.bfloat16, jnp.float32]
     assert_close(gradients[1], expected_gradients[1])

@@ -1,6 +1,7 @@
 """The kernels: right when interpreted, and accepted by both compilers without the device.
 
-The properties of the loss are held for `pallas`, a TPU's kernel there, in test_relations.py too.
+Those for CPUs are run. The properties of the loss are held for `pallas`, a TPU's kernel there, and
+for `auto`, a CPU's, in test_relations.py too.
 """
 
 import importlib.util
@@ -15,17 +16,32 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
+from minilm_jax.distill.relations_cpu import cpu_sums
 from minilm_jax.distill.relations_gpu import gpu_sums
 from minilm_jax.distill.relations_tpu import fits_tpu, tpu_sums
 from tests.described_gpu import KERNEL_CALL, lowered_for_cuda
 from tests.distill.test_relations import assert_close, models
-from tests.distill.test_relations_blocked import in_context
+from tests.distill.test_relations_blocked import (
+    gradients_of_sum,
+    in_context,
+    settings_and_models,
+)
+from tests.native_kernels import as_one_device, calls, require_kernels
 
 # A kernel for TPUs in a program, by any name.
 TPU_KERNEL_CALL = "tpu_custom_call"
 
 
-@pytest.mark.parametrize("sums", [tpu_sums, gpu_sums])
+def run_cpu_sums(*arrays, interpret, **settings):
+    """What is compiled needs no interpreter."""
+    require_kernels("relations")
+    return cpu_sums(*arrays, **settings)
+
+
+ALL_SUMS = pytest.mark.parametrize("sums", [tpu_sums, gpu_sums, run_cpu_sums])
+
+
+@ALL_SUMS
 @pytest.mark.parametrize(
     "length, teacher_width, student_width",
     [(70, 192, 96), (300, 40, 12)],
@@ -59,7 +75,7 @@ def test_kernels_are_the_reference(sums, length, teacher_width, student_width):
     assert_close(jax.jit(partial(call, wanted="loss"))().per_head, expected)
 
 
-@pytest.mark.parametrize("sums", [tpu_sums, gpu_sums])
+@ALL_SUMS
 @pytest.mark.parametrize("types", ["bf16 bf16", "fp32 bf16", "bf16 fp32", "fp32 fp32"])
 def test_any_dtype_large_logits_and_whatever_stands_in_the_padding(sums, types):
     """A document absent from the first tile, NaN in padding, a row of padding only."""
@@ -88,6 +104,65 @@ def test_any_dtype_large_logits_and_whatever_stands_in_the_padding(sums, types):
         (found.per_head, found.a, found.b), (expected, *gradients), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_devices_take_the_kernels_for_cpus_for_their_own_rows(monkeypatch):
+    """Under pmap, under shard_map, on meshes, and alone; the numbers are test_over_devices'."""
+    require_kernels("relations")
+    given, step = settings_and_models(), gradients_of_sum("auto")
+    folded = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), given)
+    assert "@minilm_jax.RelationLoss" in jax.pmap(step).lower(*folded).as_text()
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = PartitionSpec(mesh.axis_names)
+
+    def of_device(*arrays):
+        return step(*arrays)[1]
+
+    for check in (True, False):
+        mapped = jax.shard_map(of_device, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check)
+        assert calls(mapped, *given) == 1
+    placed = jax.device_put(given, NamedSharding(mesh, rows))
+    assert calls(in_context(step, mesh), *placed) == 1
+    assert calls(gradients_of_sum("auto"), *given) == 0
+    as_one_device(monkeypatch)
+    assert calls(gradients_of_sum("auto"), *given) == 1
+    assert calls(gradients_of_sum("blocked"), *given) == 0
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), given[:2])
+    assert calls(gradients_of_sum("auto"), *half, given[2]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_kernels_for_cpus_at_random_shapes_and_segments(seed):
+    rng = np.random.default_rng(seed)
+    length, head_teacher, head_student, heads, batch = (
+        int(rng.integers(1, most)) for most in (400, 80, 50, 6, 4)
+    )
+    teacher, student = models(
+        batch,
+        length,
+        teacher_width=heads * head_teacher,
+        student_width=heads * head_student,
+        seed=seed,
+        scale=rng.uniform(0.1, 2),
+    )
+    segments = rng.integers(0, rng.integers(1, 9), size=(batch, length))
+    if rng.random() < 0.7:  # documents in one piece
+        segments = np.sort(segments, axis=1)[:, :: rng.choice([-1, 1])]
+    segments = jnp.asarray(segments, jnp.int32)
+    weights = row_weights(segments)
+
+    def plain(student):
+        per_head = reference_per_head(
+            teacher, student, segments=segments, weights=weights, heads=heads
+        )
+        return per_head.sum(), per_head
+
+    expected, per_head = jax.jit(jax.grad(plain, has_aux=True))(student)
+    call = partial(run_cpu_sums, teacher, student, segments, weights, heads=heads, interpret=False)
+    found = jax.jit(partial(call, wanted="loss and gradients"))()
+    assert_close((found.per_head, found.a, found.b), (per_head, *expected))
+    assert_close(jax.jit(partial(call, wanted="loss"))().per_head, per_head)
 
 
 def program(dtype, *, batch, length, heads, implementation, widths=(384, 768)):
