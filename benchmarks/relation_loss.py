@@ -1,4 +1,4 @@
-"""Time and memory of the relation loss with its gradients: plain, blocked and Pallas.
+"""Time and memory of the relation loss with its gradients: plain, in blocks and by kernels.
 
     python benchmarks/relation_loss.py
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from _report import RESULTS, machine
 
+from minilm_jax import native
 from minilm_jax.distill.relations import Implementation, relation_kl
 
 # (rows of the batch, tokens, relation heads) of teacher and student of width 384.
@@ -32,10 +33,11 @@ SHAPES = [
     (1, 4096, 12),
     (1, 8192, 12),
 ]
+ON_CPU = jax.default_backend() == "cpu"
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "plain": "reference",
     "blocked": "blocked",
-    "pallas": "pallas",
+    **({"C++": "auto"} if ON_CPU else {"pallas": "pallas"}),
 }
 
 
@@ -50,9 +52,9 @@ class Program(NamedTuple):
 
 def compile_program(implementation: str, arguments: tuple[Any, ...], *, heads: int) -> Program:
     """Returns the loss and gradients compiled, if the device can run them."""
-    device = jax.devices()[0]
-    if implementation == "pallas" and device.platform == "cpu":
-        return Program(None, 0, 0, "not measured: needs a GPU or TPU")
+    fp32 = arguments[0][0].dtype == jnp.float32
+    if implementation == "C++" and not (fp32 and native.load("relations")):
+        return Program(None, 0, 0, "not measured: needs fp32 and a C++ compiler")
 
     def step(student: Any, teacher: Any, segments: Any) -> Any:
         def total(student: Any) -> Any:
@@ -144,7 +146,7 @@ def main() -> None:
         "",
         "`python benchmarks/relation_loss.py` wrote this: medians with quartiles of alternating "
         "runs; *faster* is the median of the ratios of neighbouring runs; memory is XLA's account "
-        "of temporary buffers.",
+        "of temporary buffers, beside which the kernels in C++ have up to some MiB a thread.",
         "",
         "| rows × tokens × heads | version | ms | faster than plain | memory, MiB | of plain "
         "| compile, s |",

@@ -37,11 +37,6 @@ struct Problem {
   int64_t panels() const { return RoundUp(length, kPanel) / kPanel; }
   int64_t features() const { return RoundUp(width, kRows); }
   int64_t columns() const { return RoundUp(width, kLanes); }
-  // Rows met at a time, so that `arrays` of their logits are 256 KiB or less.
-  int64_t block(int64_t arrays) const {
-    const int64_t rows = 65536 / (panels() * kPanel * arrays);
-    return std::clamp<int64_t>(rows / kRows * kRows, kRows, 64);
-  }
 };
 
 // One head of one row of the batch.
@@ -87,7 +82,7 @@ void ForwardHead(const Place& place, const Array& query, const Array& key, const
                  const Numbers& numbers, const RandomWords& words, Result& mixed,
                  Result& log_total) {
   const Problem& problem = place.problem;
-  const int64_t length = problem.length, features = problem.features(), block = problem.block(1);
+  const int64_t length = problem.length, features = problem.features(), block = BlockOfRows(length, 1);
   const int64_t columns = problem.columns(), filled = problem.panels() * kPanel;
   Scratch scratch;
   float* const keys = scratch.Take(filled * features);
@@ -148,7 +143,7 @@ void BackwardHead(const Place& place, const Array& cotangent, const Array& query
                   const Numbers& numbers, const RandomWords& words, Result& of_query,
                   Result& of_key, Result& of_value) {
   const Problem& problem = place.problem;
-  const int64_t length = problem.length, features = problem.features(), block = problem.block(2);
+  const int64_t length = problem.length, features = problem.features(), block = BlockOfRows(length, 2);
   const int64_t columns = problem.columns(), filled = problem.panels() * kPanel;
   Scratch scratch;
   float* const keys = scratch.Take(filled * features);

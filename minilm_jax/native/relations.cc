@@ -49,8 +49,7 @@ void OneHead(const Problem& problem, const Arrays& arrays, int64_t row, int64_t 
   const float teacher_scale = 1 / std::sqrt(static_cast<float>(problem.teacher_width));
   const float scale = 1 / std::sqrt(static_cast<float>(problem.student_width));
   const int64_t filled = RoundUp(length, kPanel);
-  // Rows met at a time, so that both arrays of their logits are 256 KiB or less.
-  const int64_t block = std::clamp<int64_t>(32768 / filled / kRows * kRows, kRows, 64);
+  const int64_t block = BlockOfRows(length, 2);
 
   Scratch scratch;
   float* const teacher_keys = scratch.Take(filled * teacher_features);

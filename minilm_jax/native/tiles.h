@@ -276,6 +276,13 @@ inline void UnpackPanels(const float* panels, int64_t length, int64_t features, 
   }
 }
 
+// Rows met at a time, so that `arrays` of their logits are 256 KiB or less; 16 at least, because each
+// block reads all keys and adds to all their gradients.
+inline int64_t BlockOfRows(int64_t length, int64_t arrays) {
+  const int64_t rows = 65536 / (RoundUp(length, kPanel) * arrays);
+  return std::clamp<int64_t>(rows / kRows * kRows, 16, 64);
+}
+
 // to[i, :] (+)= sum over n < count of a[i * a_row + n * a_next] * b[n * b_next, :]: kRows rows of
 // V vectors, `to` with `to_row` from row to row.
 template <int64_t V>
