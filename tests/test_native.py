@@ -233,7 +233,7 @@ def test_kernels_for_older_processors(vectors, tmp_path):
     compiler.chmod(0o755)
     settings = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
     tests = ["tests/encoder/test_dot_product_cpu.py", "tests/distill/test_relations_kernels.py"]
-    command = [sys.executable, "-m", "pytest", "-k", "cpu", *tests]
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-k", "cpu", *tests]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout
