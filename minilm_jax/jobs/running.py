@@ -39,15 +39,20 @@ def open_devices(config: EngineConfig, *, batch_size: int) -> Devices:
     check_trackers(config.trackers)
     devices = Devices(config.lift, fsdp=config.fsdp, count=config.devices)
     devices.check_batch(batch_size, accumulate=config.accumulate)
+    if _of_cpus(devices):
+        native.begin()
     return devices
 
 
 def describe_devices(devices: Devices) -> str:
     """Returns how many devices of which kind, for what a job says when it starts."""
-    first = devices.devices[0]
-    slow = first.platform == "cpu" and not native.load("attention")
+    slow = _of_cpus(devices) and not native.load("attention")
     told = ", without the kernels in C++ (README)" if slow else ""
-    return f"{devices.count} × {first.device_kind}{told}"
+    return f"{devices.count} × {devices.devices[0].device_kind}{told}"
+
+
+def _of_cpus(devices: Devices) -> bool:
+    return bool(devices.devices[0].platform == "cpu")
 
 
 def describe(config: Any, **fingerprints: str | Mapping[str, str]) -> dict[str, Any]:

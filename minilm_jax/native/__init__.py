@@ -39,7 +39,13 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-tra
 SECONDS = 300
 """After which a compiler has failed."""
 
-_lock = threading.Lock()
+_locks = {source: threading.Lock() for source in HANDLERS}
+
+
+def begin() -> None:
+    """Starts to load all kernels, beside what a job does before it needs them."""
+    for source in HANDLERS:
+        threading.Thread(target=load, args=(source,), daemon=True).start()
 
 
 def load(source: Source) -> bool:
@@ -49,7 +55,7 @@ def load(source: Source) -> bool:
     into `$XDG_CACHE_HOME/minilm_jax/native`, under a name that says sources, compiler, processor
     and jaxlib, and the library's own contents. `MINILM_JAX_NATIVE=0` keeps to XLA's operations.
     """
-    with _lock:
+    with _locks[source]:
         return _load(source)
 
 
