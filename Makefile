@@ -39,6 +39,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 check: install-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror minilm_jax/native/*.cc minilm_jax/native/*.h
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config setup.cfg
 

@@ -49,7 +49,9 @@ struct Place {
   Head Of(const float* array) const {
     return Head(array, problem.length, problem.heads, problem.width, row, head);
   }
-  int64_t line(int64_t token) const { return (row * problem.heads + head) * problem.length + token; }
+  int64_t line(int64_t token) const {
+    return (row * problem.heads + head) * problem.length + token;
+  }
 };
 
 // The elements of the head's probabilities that dropout keeps: `dropout.kept`.
@@ -82,8 +84,9 @@ void ForwardHead(const Place& place, const Array& query, const Array& key, const
                  const Numbers& numbers, const RandomWords& words, Result& mixed,
                  Result& log_total) {
   const Problem& problem = place.problem;
-  const int64_t length = problem.length, features = problem.features(), block = BlockOfRows(length, 1);
-  const int64_t columns = problem.columns(), filled = problem.panels() * kPanel;
+  const int64_t length = problem.length, filled = problem.panels() * kPanel;
+  const int64_t features = problem.features(), columns = problem.columns();
+  const int64_t block = BlockOfRows(length, 1);
   Scratch scratch;
   float* const keys = scratch.Take(filled * features);
   float* const values = scratch.Take(filled * columns);
@@ -143,8 +146,9 @@ void BackwardHead(const Place& place, const Array& cotangent, const Array& query
                   const Numbers& numbers, const RandomWords& words, Result& of_query,
                   Result& of_key, Result& of_value) {
   const Problem& problem = place.problem;
-  const int64_t length = problem.length, features = problem.features(), block = BlockOfRows(length, 2);
-  const int64_t columns = problem.columns(), filled = problem.panels() * kPanel;
+  const int64_t length = problem.length, filled = problem.panels() * kPanel;
+  const int64_t features = problem.features(), columns = problem.columns();
+  const int64_t block = BlockOfRows(length, 2);
   Scratch scratch;
   float* const keys = scratch.Take(filled * features);
   float* const values = scratch.Take(filled * features);
@@ -244,17 +248,36 @@ ffi::Error Backward(ffi::ThreadPool pool, Array cotangent, Array query, Array ke
 
 // query, key, value [B, L, H * K], segments [B, L], words [B, 2]
 //   -> mixed [B, L, H * K], log_total [B, H, L]
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    AttentionForward, Forward,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Numbers>()
-        .Arg<RandomWords>().Ret<Array>().Ret<Array>().Attr<int64_t>("heads").Attr<double>("rate"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionForward, Forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Numbers>()
+                                  .Arg<RandomWords>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("heads")
+                                  .Attr<double>("rate"));
 
 // cotangent, query, key, value, mixed [B, L, H * K], log_total [B, H, L], segments [B, L],
 // words [B, 2] -> gradients of query, key and value
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    AttentionBackward, Backward,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-        .Arg<Array>().Arg<Array>().Arg<Numbers>().Arg<RandomWords>().Ret<Array>().Ret<Array>()
-        .Ret<Array>().Attr<int64_t>("heads").Attr<double>("rate"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionBackward, Backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Numbers>()
+                                  .Arg<RandomWords>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("heads")
+                                  .Attr<double>("rate"));
 
 }  // namespace minilm_jax

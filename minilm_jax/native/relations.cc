@@ -1,7 +1,7 @@
 // The relation loss and its gradients; the logits of a block of rows never leave the caches.
 //
-// What is computed is what distill/relations_blocked.py computes: both models' logits and softmaxes,
-// the divergence, and p_S - p_T times either side for the gradients.
+// What is computed is what distill/relations_blocked.py computes: both models' logits and
+// softmaxes, the divergence, and p_S - p_T times either side for the gradients.
 
 #include <cmath>
 
@@ -25,8 +25,8 @@ struct Arrays {
   Side teacher, student;
   const int32_t* segments;
   const float* weights;
-  float* per_head;      // [B, R]
-  float *of_a, *of_b;   // [B, L, Ds], or null where no gradients are wanted
+  float* per_head;     // [B, R]
+  float *of_a, *of_b;  // [B, L, Ds], or null where no gradients are wanted
 };
 
 struct Problem {
@@ -172,15 +172,29 @@ ffi::Error LossAndGradients(ffi::ThreadPool pool, Array teacher_a, Array teacher
 }  // namespace
 
 // teacher a, b [B, L, Dt], student a, b [B, L, Ds], segments, weights [B, L] -> loss [B, R]
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    RelationLoss, Loss,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-        .Arg<Numbers>().Arg<Lines>().Ret<Lines>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RelationLoss, Loss,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Numbers>()
+                                  .Arg<Lines>()
+                                  .Ret<Lines>());
 
 // The same -> loss [B, R] and the gradients of each head's own loss for the student's a and b
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    RelationLossAndGradients, LossAndGradients,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-        .Arg<Numbers>().Arg<Lines>().Ret<Lines>().Ret<Array>().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RelationLossAndGradients, LossAndGradients,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Numbers>()
+                                  .Arg<Lines>()
+                                  .Ret<Lines>()
+                                  .Ret<Array>()
+                                  .Ret<Array>());
 
 }  // namespace minilm_jax

@@ -164,7 +164,9 @@ struct Head {
 class Segments {
  public:
   Segments(const int32_t* segments, int64_t length, Scratch& scratch)
-      : length_(length), filled_(RoundUp(length, kPanel)), numbers_(scratch.Take<int32_t>(filled_)) {
+      : length_(length),
+        filled_(RoundUp(length, kPanel)),
+        numbers_(scratch.Take<int32_t>(filled_)) {
     std::copy(segments, segments + length, numbers_);
     // No token has the lowest number.
     std::fill(numbers_ + length, numbers_ + filled_, std::numeric_limits<int32_t>::min());
@@ -276,8 +278,8 @@ inline void UnpackPanels(const float* panels, int64_t length, int64_t features, 
   }
 }
 
-// Rows met at a time, so that `arrays` of their logits are 256 KiB or less; 16 at least, because each
-// block reads all keys and adds to all their gradients.
+// Rows met at a time, so that `arrays` of their logits are 256 KiB or less; 16 at least, because
+// each block reads all keys and adds to all their gradients.
 inline int64_t BlockOfRows(int64_t length, int64_t arrays) {
   const int64_t rows = 65536 / (RoundUp(length, kPanel) * arrays);
   return std::clamp<int64_t>(rows / kRows * kRows, 16, 64);
@@ -330,9 +332,12 @@ inline void AddToRows(const float* weights, const float* b, int64_t rows, int64_
   for (int64_t i = 0; i < rows; i += kRows)
     for (int64_t d = 0; d < columns;) {
       const int64_t left = (columns - d) / kLanes;
-      if (left >= 4) d = tile(std::integral_constant<int64_t, 4>(), i, d);
-      else if (left >= 2) d = tile(std::integral_constant<int64_t, 2>(), i, d);
-      else d = tile(std::integral_constant<int64_t, 1>(), i, d);
+      if (left >= 4)
+        d = tile(std::integral_constant<int64_t, 4>(), i, d);
+      else if (left >= 2)
+        d = tile(std::integral_constant<int64_t, 2>(), i, d);
+      else
+        d = tile(std::integral_constant<int64_t, 1>(), i, d);
     }
 }
 
