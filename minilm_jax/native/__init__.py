@@ -3,7 +3,7 @@
 XLA's CPU backend computes a softmax between two products as passes over arrays in memory; these
 kernels keep a block of it in a core's caches. Like `torch.compile` on a CPU they need a C++
 compiler (`$CXX`, c++, g++ or clang++). Where there is none, or it fails, XLA's operations compute
-the same, two to three times slower; nothing else depends on it.
+the same, two to four times slower; nothing else depends on it.
 """
 
 import ctypes
@@ -71,7 +71,7 @@ def call(
         return [zeros_like_any(shape, like=arrays) for shape in outputs]
 
     results = jax.eval_shape(shapes, *arrays)
-    # One row of the batch at a time would be as right, and slower, as it is under vmap.
+    # What vmap maps over is met one after another: right, if slower.
     run = jax.ffi.ffi_call(_target(handler), results, vmap_method="sequential")
     return list(run(*vary_like(arrays, like=arrays), **attributes))
 
