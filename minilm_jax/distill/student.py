@@ -24,6 +24,10 @@ class StudentConfig:
     num_attention_heads: int = 12
     intermediate_size: int | None = None
     """None is four times the hidden size, as in both papers."""
+    hidden_dropout_prob: float | None = None
+    """Rate of dropout while it is trained, and in its config.json; None is the teacher's."""
+    attention_probs_dropout_prob: float | None = None
+    """The same for attention probabilities."""
     init: Literal["random", "teacher"] = "random"
     """random: the papers' choice. teacher: blocks copied from `teacher_layers`, and sliced (the
     first of each head's and each layer's units) where the student is narrower."""
@@ -37,9 +41,10 @@ def student_encoder_config(student: StudentConfig, teacher: EncoderConfig) -> En
     """Returns the student's encoder: the teacher's family, vocabulary, positions; its own size.
 
     Raises:
-      ConfigError: a size is not positive, or the sizes do not fit each other.
+      ConfigError: a size or a rate cannot be, or the sizes do not fit each other.
     """
     inner = student.intermediate_size
+    hidden, attention = student.hidden_dropout_prob, student.attention_probs_dropout_prob
     try:
         return dataclasses.replace(
             teacher,
@@ -47,6 +52,10 @@ def student_encoder_config(student: StudentConfig, teacher: EncoderConfig) -> En
             hidden_size=student.hidden_size,
             num_attention_heads=student.num_attention_heads,
             intermediate_size=4 * student.hidden_size if inner is None else inner,
+            hidden_dropout_prob=teacher.hidden_dropout_prob if hidden is None else hidden,
+            attention_probs_dropout_prob=(
+                teacher.attention_probs_dropout_prob if attention is None else attention
+            ),
         )
     except ConfigError as error:
         raise ConfigError(f"student: {error}") from None

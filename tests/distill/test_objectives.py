@@ -343,6 +343,21 @@ def test_a_student_larger_than_its_start_is_refused(params):
         student_encoder_config(StudentConfig(num_attention_heads=5), TEACHER)
 
 
+def test_a_student_has_its_teachers_dropout_or_its_own():
+    teacher = dataclasses.replace(
+        TEACHER, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3
+    )
+    config = StudentConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=4)
+
+    def rates(**own):
+        found = student_encoder_config(dataclasses.replace(config, **own), teacher)
+        return found.hidden_dropout_prob, found.attention_probs_dropout_prob
+
+    assert rates() == (0.2, 0.3)
+    assert rates(hidden_dropout_prob=0.0) == (0.0, 0.3)
+    assert rates(attention_probs_dropout_prob=0.05) == (0.2, 0.05)
+
+
 @pytest.mark.parametrize("init", ["random", "teacher"])
 @pytest.mark.parametrize(
     "changes, message",
@@ -355,6 +370,10 @@ def test_a_student_larger_than_its_start_is_refused(params):
         ({"intermediate_size": 0}, r"student: intermediate_size must be .*, got 0"),
         ({"intermediate_size": -8}, r"student: intermediate_size must be .*, got -8"),
         ({"hidden_size": 0}, r"student: hidden_size must be .*, got 0"),
+        (
+            {"hidden_dropout_prob": 1.0},
+            r"student: hidden_dropout_prob must be in \[0, 1\), got 1.0",
+        ),
     ],
 )
 def test_settings_of_the_student_are_checked_whatever_it_starts_from(init, changes, message):

@@ -123,10 +123,15 @@ def test_minilmv2_with_other_heads_and_a_lower_layer(config):
     config = dataclasses.replace(
         config,
         objective=minilmv2(heads=12, teacher_layer=3, student_layer=2),
-        student=StudentConfig(num_hidden_layers=2, hidden_size=24, num_attention_heads=6),
+        student=StudentConfig(
+            num_hidden_layers=2, hidden_size=24, num_attention_heads=6, hidden_dropout_prob=0.05
+        ),
     )
     result, _ = run(config)
     assert result.heldout["after"] < 0.9 * result.heldout["before"]
+    exported = json.loads((Path(result.student) / "config.json").read_text())
+    assert exported["hidden_dropout_prob"] == 0.05
+    assert exported["attention_probs_dropout_prob"] == 0.1
 
 
 def test_a_run_stopped_by_a_signal_continues_to_the_same_student(config, tmp_path):
