@@ -145,14 +145,26 @@ class SpanLogits(NamedTuple):
 
 
 class Span(nn.Module):
-    """Extractive question answering: output(h)."""
+    """Extractive question answering: output(drop(h))."""
 
     config: EncoderConfig
+    dropout: float = 0.0
+    """Rate; DistilBERT alone drops anything here."""
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "B L D"]) -> SpanLogits:
-        """Returns start and end logits; padding is the caller's to mask."""
+    def __call__(
+        self,
+        hidden: Float[Array, "B L D"],
+        *,
+        rows: Int[Array, "B"] | None = None,
+        deterministic: bool = True,
+    ) -> SpanLogits:
+        """Returns start and end logits; padding is the caller's to mask.
+
+        `rows` is needed unless deterministic, as in the encoder.
+        """
+        hidden = _Drop(self.dropout, self.config)(hidden, rows=rows, deterministic=deterministic)
         logits = Dense(2, self.config, self.dtype, name="output")(hidden)
         return SpanLogits(start=logits[..., 0], end=logits[..., 1])
 

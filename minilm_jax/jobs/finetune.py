@@ -47,7 +47,16 @@ from minilm_jax.jobs.running import (
 from minilm_jax.signals import stoppable
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
-from minilm_jax.tasks.catalog import TASKS, Part, Task, TaskData, TaskName, all_languages, read_part
+from minilm_jax.tasks.catalog import (
+    TASKS,
+    Kind,
+    Part,
+    Task,
+    TaskData,
+    TaskName,
+    all_languages,
+    read_part,
+)
 from minilm_jax.tasks.examples import Skips
 from minilm_jax.tasks.features import LengthConfig, question_features, text_features
 from minilm_jax.tasks.losses import TaskModel, init_head
@@ -333,7 +342,7 @@ class _Training:
             self.task.kind,
             classes=classes,
             compute=config.compute,
-            head_dropout=head_dropout(model),
+            head_dropout=head_dropout(model, self.task.kind),
         )
         step = make_step(
             task_model.loss,
@@ -433,13 +442,22 @@ class _Training:
             write_model(model, folder, tokenizer_files=self.tokenizer.files)
 
 
-def head_dropout(model: Model) -> float | None:
-    """Returns the classifier's own dropout rate where its config has one, as in transformers."""
-    names = {"distilbert": "seq_classif_dropout", "xlm": "summary_first_dropout"}
-    name = names.get(model.config.model_type, "classifier_dropout")
-    default = {"distilbert": 0.2, "xlm": 0.1}.get(model.config.model_type)
-    found = model.hf_config.get(name, default)
-    return None if found is None else float(found)
+def head_dropout(model: Model, kind: Kind) -> float:
+    """Returns the rate of dropout in a task's head, as in transformers.
+
+    A classifier's is its own where its config has one, or else the encoder's. Of the heads that
+    find answers only DistilBERT's has dropout.
+    """
+    family = model.config.model_type
+    if kind == "span" and family != "distilbert":
+        return 0.0
+    name, default = "classifier_dropout", model.config.hidden_dropout_prob
+    if family == "distilbert":
+        name, default = ("qa_dropout", 0.1) if kind == "span" else ("seq_classif_dropout", 0.2)
+    elif family == "xlm":
+        name, default = "summary_first_dropout", 0.1
+    found = model.hf_config.get(name)
+    return default if found is None else float(found)
 
 
 def _training_examples(config: FinetuneConfig, skips: Skips) -> list[Any]:

@@ -64,15 +64,15 @@ class TaskModel:
         *,
         classes: int = 0,
         compute: Compute | None = None,
-        head_dropout: float | None = None,
+        head_dropout: float = 0.0,
     ) -> None:
-        """Takes what the functions close over; `head_dropout` None is the encoder's rate."""
+        """Takes what the functions close over; `head_dropout` is the head's rate in training."""
         self._config = config
         self._kind = kind
         self._compute = compute or Compute()
         dtype = jnp.dtype(self._compute.dtype)
         self._classifier = SequenceClassifier(config, classes, head_dropout, dtype)
-        self._span = Span(config, dtype)
+        self._span = Span(config, head_dropout, dtype)
 
     def logits(
         self, params: Params, batch: Mapping[str, Array], key: Array | None = None
@@ -85,19 +85,20 @@ class TaskModel:
         hidden = encode(
             self._config, params["encoder"], batch, compute=self._compute, key=encoder_key
         ).last_hidden_state
-        if self._kind == "span":
-            scores = self._span.apply({"params": params["span"]}, hidden)
-            both = jnp.stack([scores.start, scores.end], axis=1).astype(jnp.float32)  # type: ignore[union-attr]
-            return jnp.where(batch["segments"][:, None] > 0, both, -jnp.inf)
+        span = self._kind == "span"
+        head = self._span if span else self._classifier
         rngs: Any = None if head_key is None else {"dropout": head_key}
-        logits: Any = self._classifier.apply(
-            {"params": params["sequence_classifier"]},
+        scores: Any = head.apply(
+            {"params": params["span" if span else "sequence_classifier"]},
             hidden,
             rows=batch["rows"],
             deterministic=key is None,
             rngs=rngs,
         )
-        return logits.astype(jnp.float32)
+        if not span:
+            return scores.astype(jnp.float32)
+        both = jnp.stack([scores.start, scores.end], axis=1).astype(jnp.float32)
+        return jnp.where(batch["segments"][:, None] > 0, both, -jnp.inf)
 
     def loss(
         self, params: Params, frozen: Any, batch: Mapping[str, Array], key: Array | None

@@ -6,6 +6,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -13,8 +14,9 @@ from official_files import write_glue, write_mlqa, write_squad, write_tsv, write
 from tiny_models import write_tiny
 
 from minilm_jax.convert.folder import read_model
+from minilm_jax.convert.model import Model
 from minilm_jax.convert.sentence import Sentence
-from minilm_jax.encoder.config import Compute
+from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.errors import ConfigError, DataError
 from minilm_jax.jobs import evaluate, finetune, running
 from minilm_jax.jobs.evaluate import EvaluateConfig
@@ -736,6 +738,51 @@ def test_what_a_head_starts_from(bert):
     assert (
         start("span", span=jax.tree.map(np.ones_like, span))["span"]["output"]["kernel"] == 1
     ).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "classes", "span"),
+    [
+        ("bert", {}, 0.25, 0.0),
+        ("bert", {"classifier_dropout": 0.3, "qa_dropout": 0.4}, 0.3, 0.0),
+        ("xlm-roberta", {"classifier_dropout": None}, 0.25, 0.0),
+        ("distilbert", {}, 0.2, 0.1),
+        ("distilbert", {"seq_classif_dropout": 0.0, "qa_dropout": 0.4}, 0.0, 0.4),
+        ("xlm", {}, 0.1, 0.0),
+    ],
+)
+def test_heads_drop_at_the_rates_of_transformers(family, settings, classes, span):
+    config = EncoderConfig(model_type=family, hidden_dropout_prob=0.25)
+    model = Model(config=config, params={}, hf_config=settings)
+    assert finetune.head_dropout(model, "classes") == classes
+    assert finetune.head_dropout(model, "score") == classes
+    assert finetune.head_dropout(model, "span") == span
+
+
+@pytest.mark.parametrize("kind", ["classes", "span"])
+def test_a_head_drops_in_training_alone(bert, kind):
+    model, _ = evaluate.load(str(bert))
+    config = dataclasses.replace(
+        model.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    params = losses.init_head(
+        jax.random.key(0), config, kind, classes=3, params={"encoder": model.params["encoder"]}
+    )
+    batch = {
+        "input_ids": jnp.full((2, 8), 7),
+        "segments": jnp.ones((2, 8), jnp.int32),
+        "rows": jnp.arange(2),
+    }
+
+    def logits(rate, key):
+        head = losses.TaskModel(config, kind, classes=3, head_dropout=rate)
+        return np.asarray(head.logits(params, batch, key))
+
+    key = jax.random.key(1)
+    plain = logits(0.0, None)
+    np.testing.assert_array_equal(logits(0.5, None), plain)
+    np.testing.assert_allclose(logits(0.0, key), plain, atol=1e-6)
+    assert np.abs(logits(0.5, key) - plain).max() > 1e-3
 
 
 def test_outputs_of_other_classes_are_no_start(official, bert, tmp_path):
