@@ -6,7 +6,6 @@ tensor and never by what a header claims.
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -119,14 +118,6 @@ class WeightFile:
         if len(found) != count:
             raise CheckpointError(f"{self.path} became shorter while it was read")
         return found
-
-    def sha256(self) -> str:
-        """Returns the SHA-256 of the whole file, from the handle that is read later."""
-        digest = hashlib.sha256()
-        self.file.seek(0)
-        while block := self.file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
 
     def read(self, name: str) -> np.ndarray:
         """Returns the tensor `name`, contiguous, in its stored dtype."""
