@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -77,6 +78,17 @@ def test_a_library_is_compiled_once_for_all_processes(compiler, cache, monkeypat
     assert native.load("attention")
     assert compiler.compiled() == 1
     assert len(list(cache.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_removed(compiler, cache):
+    """And not what another process compiles at this moment."""
+    for name, age in ((".compiling-left", 100_000), (".compiling-now", 60)):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "half.so").touch()
+        os.utime(cache / name, (time.time() - age,) * 2)
+    assert native.load("attention")
+    assert [path.name for path in cache.glob(".*")] == [".compiling-now"]
+    assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize("size", [0, 100, 4096, 20_000])

@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +41,7 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-tra
 SECONDS = 300
 """After which a compiler has failed."""
 
+_COMPILING = ".compiling-"
 _locks = {source: threading.Lock() for source in HANDLERS}
 
 
@@ -123,13 +126,23 @@ def _compiled(source: Source, compiler: list[str]) -> Path:
     for path in cache.glob(f"{name}-*.so"):
         if path.stem == f"{name}-{_digest(path.read_bytes())}":
             return path
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".compiling-") as folder:
+    _remove_abandoned(cache)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=_COMPILING) as folder:
         made = Path(folder) / f"{name}.so"
         include = ["-I", str(SOURCES), "-isystem", jax.ffi.include_dir()]
         output = ["-fPIC", "-shared", "-o", str(made)]
         _run([*compiler, *flags, *include, str(SOURCES / f"{source}.cc"), *output])
         # Other processes may compile the same: whoever is last replaces it by its like.
         return made.replace(cache / f"{name}-{_digest(made.read_bytes())}.so")
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what processes that were killed while they compiled have left."""
+    for folder in cache.glob(f"{_COMPILING}*"):
+        with suppress(FileNotFoundError):  # another process is done with it
+            # Far longer than any compiler is given, whatever the clocks of the machines say.
+            if time.time() - folder.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _digest(data: bytes) -> str:
