@@ -1,15 +1,30 @@
 """What differs between two sets of settings, as a user reads it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Returns (dotted name, "name: old -> new") of every leaf that differs."""
+    """Returns (dotted name, "name: old -> new") of every leaf that differs.
+
+    Two ways to name one file or folder, such as a relative path and an absolute one, do not.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for name in [*old, *(name for name in new if name not in old)]:
             inner = f"{prefix}.{name}" if prefix else name
             found += differences(old.get(name), new.get(name), inner)
         return found
-    return [] if old == new else [(prefix, f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}")]
+    if old == new or _are_one_path(old, new):
+        return []
+    return [(prefix, f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}")]
+
+
+def _are_one_path(old: Any, new: Any) -> bool:
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    try:
+        return Path(old).samefile(new)
+    except (OSError, ValueError):  # nothing lies there, or it can be no path
+        return False

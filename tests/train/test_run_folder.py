@@ -37,6 +37,23 @@ def test_another_runs_folder_is_refused_with_every_difference(tmp_path):
     assert json.loads((tmp_path / CONFIG).read_text())["steps"] == 20
 
 
+def test_a_folder_may_be_named_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("teacher")
+    run = tmp_path / "run"
+    for source in ("teacher", str(tmp_path / "teacher"), "link"):
+        with open_run(run, {"teacher": {"source": source}}):
+            (run / METRICS).touch()
+    for source in ("other", "none", "two\0lines"):
+        with (
+            pytest.raises(ConfigError, match=r'teacher\.source: "link" -> '),
+            open_run(run, {"teacher": {"source": source}}),
+        ):
+            pass
+
+
 def test_settings_of_a_run_that_took_no_step_can_be_mended(tmp_path):
     for steps in (10, 20):
         with open_run(tmp_path, {**CONFIG_A, "steps": steps}):
