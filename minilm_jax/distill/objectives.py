@@ -113,7 +113,9 @@ class RelationObjective(Objective):
                     )
                     name = relation + suffix
                     terms[name] = Mean(total=weight * found.total, count=found.count)
-                    metrics[f"{name}_heads"] = Mean(total=found.per_head, count=found.count)
+                    metrics[f"{name}_heads"] = Mean(
+                        total=weight * found.per_head, count=found.count
+                    )
                 if self.value_mse:
                     projected = (
                         student_layers[student_layer - 1].value

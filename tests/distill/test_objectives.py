@@ -167,7 +167,8 @@ def test_layers_above_the_distilled_one_are_not_needed(params):
 
 
 def test_heads_are_reported_and_average_to_their_term(params):
-    found = value(V2, params, rows_of([[d] for d in documents(3)], length=12))
+    objective = dataclasses.replace(V2, relations=(("qq", 1.0), ("kk", 0.5), ("vv", 3.0)))
+    found = value(objective, params, rows_of([[d] for d in documents(3)], length=12))
     assert set(found.terms) == {"qq", "kk", "vv"}
     for name, mean in found.terms.items():
         heads = found.metrics[f"{name}_heads"].total
