@@ -10,12 +10,14 @@ import re
 import runpy
 import signal
 import sys
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from minilm_jax import __version__
 from minilm_jax.errors import ConfigError, UserError
+from minilm_jax.signals import interrupted_at_once
 
 
 class Command(NamedTuple):
@@ -27,6 +29,9 @@ class Command(NamedTuple):
     summary: str
     experiment: Literal["", "is the config", "is its field run"] = ""
     """What the experiment file is to the command, where it starts from one."""
+    interruption: Literal["in order", "at once"] = "in order"
+    """What SIGINT does. At once: the job is native code, which Python's handlers wait for, and
+    has nothing to save or to remove."""
 
 
 COMMANDS = {
@@ -43,7 +48,9 @@ COMMANDS = {
     ),
     "prepare": Command("prepare", ("PrepareConfig",), "tokenise text into a corpus"),
     "inspect": Command("inspect", ("InspectConfig",), "show what a corpus holds"),
-    "tokenizer": Command("tokenizer", ("TokenizerConfig",), "learn a new vocabulary"),
+    "tokenizer": Command(
+        "tokenizer", ("TokenizerConfig",), "learn a new vocabulary", interruption="at once"
+    ),
     "convert": Command("convert", ("ConvertConfig",), "carry a checkpoint in or out"),
 }
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -74,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise ConfigError(f"unknown command {name!r}{_nearest(name, COMMANDS)}")
         module, config = parse(name, rest)
-        module.run(config)
+        at_once = COMMANDS[name].interruption == "at once"
+        with interrupted_at_once() if at_once else nullcontext():
+            module.run(config)
     except UserError as error:
         print(f"minilm-jax: {error}", file=sys.stderr)
         signum = getattr(error, "signum", None)

@@ -66,6 +66,22 @@ def first_signal(receive: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextmanager
+def interrupted_at_once() -> Iterator[None]:
+    """Has SIGINT end the process at once where it would raise KeyboardInterrupt.
+
+    Python does that when native code comes back, which can take long. Nothing is tidied up.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
 def starting_processes() -> Iterator[None]:
     """Has the processes that are started inside never see SIGINT, which a terminal sends to all.
 

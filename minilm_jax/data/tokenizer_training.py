@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers as rust
@@ -64,21 +65,22 @@ def train_wordpiece(
     Raises:
         DataError: The folder exists, the vocabulary is too small, or there is no text.
     """
+    _check_new(output)
+    names = list(_BERT_NAMES.values())
+    if vocab_size <= len(names):
+        raise DataError(f"vocab_size is {vocab_size}: give more than the {len(names)} specials")
+    learner = rust.Tokenizer(rust.models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = rust.normalizers.BertNormalizer(lowercase=lowercase)
+    learner.pre_tokenizer = rust.pre_tokenizers.BertPreTokenizer()
+    trainer = rust.trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=names,
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    learner.train_from_iterator((d.text for d in _some(documents)), trainer=trainer)
+    vocab = learner.get_vocab(with_added_tokens=True)
     with _new_folder(output) as folder:
-        names = list(_BERT_NAMES.values())
-        if vocab_size <= len(names):
-            raise DataError(f"vocab_size is {vocab_size}: give more than the {len(names)} specials")
-        learner = rust.Tokenizer(rust.models.WordPiece(unk_token="[UNK]"))
-        learner.normalizer = rust.normalizers.BertNormalizer(lowercase=lowercase)
-        learner.pre_tokenizer = rust.pre_tokenizers.BertPreTokenizer()
-        trainer = rust.trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=names,
-            continuing_subword_prefix="##",
-            show_progress=False,
-        )
-        learner.train_from_iterator((d.text for d in _some(documents)), trainer=trainer)
-        vocab = learner.get_vocab(with_added_tokens=True)
         pieces = sorted(vocab, key=lambda piece: vocab[piece])
         (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), "utf-8")
         spec = wordpiece_spec(
@@ -127,32 +129,33 @@ def train_sentencepiece(
     """
     import sentencepiece
 
+    _check_new(output)
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(_some(documents)),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size - _ADDED_BY_XLMR,
+            character_coverage=character_coverage,
+            input_sentence_size=sentences,
+            shuffle_input_sentence=True,
+            max_sentence_length=_LONGEST_SENTENCE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DataError(
+            f"vocab_size is {vocab_size}: SentencePiece refuses ({reason}); give another size"
+            " or more text"
+        ) from error
     with _new_folder(output) as folder:
-        model = io.BytesIO()
-        sentencepiece.set_random_generator_seed(0)
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sentences(_some(documents)),
-                model_writer=model,
-                model_type="unigram",
-                vocab_size=vocab_size - _ADDED_BY_XLMR,
-                character_coverage=character_coverage,
-                input_sentence_size=sentences,
-                shuffle_input_sentence=True,
-                max_sentence_length=_LONGEST_SENTENCE,
-                unk_id=0,
-                bos_id=1,
-                eos_id=2,
-                pad_id=-1,
-                num_threads=threads,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise DataError(
-                f"vocab_size is {vocab_size}: SentencePiece refuses ({reason}); give another size"
-                " or more text"
-            ) from error
         (folder / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
         settings = {
             "tokenizer_class": "XLMRobertaTokenizer",
@@ -179,27 +182,33 @@ def _sentences(documents: Iterable[Document]) -> Iterator[str]:
                 yield line
 
 
-class _new_folder:  # noqa: N801 — a context manager reads as a function
-    """A folder that appears whole or not at all."""
+def _check_new(output: str | Path) -> None:
+    """Raises DataError where the folder cannot be made: before the learning, which takes long."""
+    output = Path(output)
+    if output.exists():
+        raise DataError(f"{output}: exists already; give a new folder")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be made ({error.strerror}); give another folder"
+        ) from error
 
-    def __init__(self, output: str | Path) -> None:
-        self._output = Path(output)
 
-    def __enter__(self) -> Path:
-        if self._output.exists():
-            raise DataError(f"{self._output}: exists already; give a new folder")
-        try:
-            self._output.parent.mkdir(parents=True, exist_ok=True)
-            self._beside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self._output.parent))
-        except OSError as error:
-            raise DataError(
-                f"{self._output}: cannot be made ({error.strerror}); give another folder"
-            ) from error
-        self._beside.chmod(0o755)
-        return self._beside
+@contextmanager
+def _new_folder(output: str | Path) -> Iterator[Path]:
+    """Gives a folder that becomes `output` at the end, whole or not at all.
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self._beside.rename(self._output)
-        else:
-            shutil.rmtree(self._beside)
+    The learning is over by then: a signal that ends the process before leaves nothing behind.
+    """
+    output = Path(output)
+    beside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output.parent))
+    try:
+        beside.chmod(0o755)
+        yield beside
+        beside.rename(output)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise

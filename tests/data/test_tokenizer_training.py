@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -59,6 +62,30 @@ def test_nothing_is_left_where_it_cannot_be(documents, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be made .*; give another folder"):
         train_wordpiece(documents, output=tmp_path / "file" / "new")
+
+
+def test_ctrl_c_ends_the_learning_at_once_and_leaves_nothing(tmp_path):
+    """What Python does with SIGINT waits for native code, which here counts for minutes."""
+    (tmp_path / "text.txt").write_text("A document.")
+    script = (
+        "import itertools, sentencepiece, sys\n"
+        "from minilm_jax import cli\n"
+        "def train(**_):\n"
+        "    print('learning', flush=True)\n"
+        "    sum(itertools.repeat(1, 10**11))\n"
+        "sentencepiece.SentencePieceTrainer.train = train\n"
+        "sys.exit(cli.main(['tokenizer', '--source.paths', 'text.txt', '--output', 'new',"
+        " '--kind', 'sentencepiece']))\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "learning\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(timeout=20) == -signal.SIGINT
+        finally:
+            process.kill()
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_transformers_is_told_the_class_and_the_length(documents, tmp_path):
