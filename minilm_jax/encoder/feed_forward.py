@@ -1,36 +1,17 @@
 """A block's feed-forward network, whose gradient keeps the activation's input alone."""
 
-import math
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minilm_jax.cpu import not_before
+from minilm_jax.encoder.activations import ACTIVATIONS
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.dense import Dense, affine, multiply
 from minilm_jax.rows import vary_like
-
-
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns x Φ(x) (Hendrycks and Gimpel, arXiv 1606.08415), in fp32 inside.
-
-    By erf, as PyTorch has it, where `jax.nn.gelu` takes the costlier erfc.
-    """
-    y = x.astype(jnp.float32)
-    return (y * (0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5))))).astype(x.dtype)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    # BERT's GELU is the exact (erf) one; JAX's default is the tanh approximation.
-    "gelu": gelu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 class FeedForward(nn.Module):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from minilm_jax.encoder.activations import ACTIVATIONS
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.dense import Dense
 from minilm_jax.encoder.dropout import RowDropout
-from minilm_jax.encoder.feed_forward import ACTIVATIONS
 from minilm_jax.encoder.norm import LayerNorm
 
 Pooling = Literal["mean", "cls"]

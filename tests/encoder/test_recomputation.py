@@ -12,10 +12,11 @@ import pytest
 
 from minilm_jax import cpu
 from minilm_jax.encoder import dot_product, encoder, feed_forward
+from minilm_jax.encoder.activations import ACTIVATIONS
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.embedding import Embed
 from minilm_jax.encoder.encoder import encode, init_params
-from minilm_jax.encoder.feed_forward import ACTIVATIONS, FeedForward
+from minilm_jax.encoder.feed_forward import FeedForward
 from minilm_jax.encoder.norm import LayerNorm
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.devices import Devices
