@@ -361,7 +361,7 @@ class _Plan:
     def rows(self, units: np.ndarray, inside: np.ndarray, *, to: np.ndarray) -> _Rows:
         """Returns rows of the plan, and their places `to` in a batch."""
         stream = self.stream
-        numbers = units * stream.rows_per_unit + inside
+        numbers = units.astype(np.int64) * stream.rows_per_unit + inside
         firsts = stream.row_first[numbers]
         counts = stream.row_first[numbers + 1] - firsts
         ends = np.cumsum(counts)
@@ -469,7 +469,7 @@ class _Stream:
             return self._plans[epoch]
 
     def _make_plan(self, epoch: int) -> _Plan:
-        shuffled = permutation(self.pieces, *self._key, epoch, 0)
+        shuffled = _permutation(self.pieces, *self._key, epoch, 0)
         pieces = shuffled
         if self._config.layout == "packed":
             pieces = self._packed_pieces(shuffled)
@@ -477,9 +477,7 @@ class _Stream:
             buckets = np.asarray((*self._config.buckets, self._config.sequence_length))
             bucket_of = np.searchsorted(buckets, self._slots[shuffled]).astype(np.uint16)
             pieces = shuffled[np.argsort(bucket_of, kind="stable")]
-        if self.pieces < 1 << 32:
-            pieces = pieces.astype(np.uint32)
-        return _Plan(self, pieces, permutation(self.units, *self._key, epoch, 1))
+        return _Plan(self, pieces, _permutation(self.units, *self._key, epoch, 1))
 
     def _packed_pieces(self, shuffled: np.ndarray) -> np.ndarray:
         """Returns pieces in the order of the rows: each pattern takes the next of each length."""
@@ -495,6 +493,11 @@ class _Stream:
                 taken[length] += pattern.rows
             rows.append(table.reshape(-1))
         return np.concatenate(rows)
+
+
+def _permutation(size: int, *keys: int) -> np.ndarray:
+    """Returns `permutation` in half the memory, where 32 bits hold its numbers."""
+    return permutation(size, *keys).astype(np.uint32 if size < 1 << 32 else np.int64)
 
 
 class _Schedule:

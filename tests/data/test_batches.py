@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections import Counter
 from itertools import chain
 
@@ -288,3 +289,22 @@ def test_weights_must_match_the_corpora(make_corpus, toy):
         Batches([make_corpus("a", [5])], BatchConfig(weights=(1.0, 1.0)), seed=0, tokenizer=toy)
     with pytest.raises(DataError, match="no corpus"):
         Batches([], BatchConfig(), seed=0, tokenizer=toy)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_an_epochs_plan_takes_little_memory(layout):
+    """Of a billion pieces a byte each is a gigabyte."""
+    from minilm_jax.data.batches import _Stream
+
+    lengths = np.random.default_rng(0).integers(1, 900, 100_000)
+    config = BatchConfig(batch_size=8, sequence_length=256, layout=layout)
+    stream = _Stream(np.arange(len(lengths)), lengths, config, seed=0, number=0)
+    tracemalloc.start()
+    try:
+        plan = stream.plan(0)
+        lasting, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert lasting < 8.1 * stream.pieces
+    assert most < 30 * stream.pieces
+    assert sorted(plan.pieces.tolist()) == list(range(stream.pieces))
