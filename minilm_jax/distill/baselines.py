@@ -18,8 +18,8 @@ from minilm_jax.distill.objective import (
     Batch,
     LossFunction,
     Objective,
+    ParamPath,
     Params,
-    Path,
     batch_counts,
 )
 from minilm_jax.distill.objectives import check_layers, mean_squared_error, uniform_layers
@@ -114,7 +114,7 @@ class VocabularyObjective(Objective):
 
         return loss
 
-    def unreached(self, student: EncoderConfig) -> tuple[Path, ...]:
+    def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
         """Returns the masked LM head where nothing but hidden states is compared."""
         return () if self.soft_weight or self.hard_weight else (("mlm",),)
 
@@ -217,7 +217,7 @@ class TinyBertObjective(Objective):
 
         return loss
 
-    def unreached(self, student: EncoderConfig) -> tuple[Path, ...]:
+    def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
         """Returns the layers above the last one compared."""
         last = max((layer for _, layer in self.layers), default=student.num_hidden_layers)
         return tuple(("encoder", f"layer_{i}") for i in range(last, student.num_hidden_layers))

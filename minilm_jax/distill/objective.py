@@ -14,7 +14,8 @@ from minilm_jax.reductions import Loss
 Params = Mapping[str, Any]
 """By module: `{"encoder": …}`, and heads or projections beside it."""
 Batch = Mapping[str, Array]
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
+"""The names on the way to a parameter, or to a module of them: `("encoder", "layer_0", "ffn")`."""
 LossFunction = Callable[[Params, Params, Batch, Array | None], Loss]
 """loss(student params, teacher params, batch, key) of a part of a batch; key None: no dropout."""
 
@@ -35,7 +36,7 @@ class Objective:
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
         """Raises ConfigError where the two do not fit the objective."""
 
-    def unreached(self, student: EncoderConfig) -> tuple[Path, ...]:
+    def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
         """Returns path prefixes of the student's parameters that get no gradient."""
         return ()
 

@@ -16,8 +16,8 @@ from minilm_jax.distill.objective import (
     Batch,
     LossFunction,
     Objective,
+    ParamPath,
     Params,
-    Path,
     batch_counts,
 )
 from minilm_jax.distill.relations import Implementation, relation_kl
@@ -131,7 +131,7 @@ class RelationObjective(Objective):
 
         return loss
 
-    def unreached(self, student: EncoderConfig) -> tuple[Path, ...]:
+    def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
         """Returns what lies behind the last distilled layer's projections.
 
         Its attention output, its feed-forward, both norms, and every layer above.
@@ -141,7 +141,7 @@ class RelationObjective(Objective):
         used |= {"v"} if self.value_mse else set()
         names = {"q": "query", "k": "key", "v": "value"}
         block = ("encoder", f"layer_{last - 1}")
-        behind: list[Path] = [(*block, "attention", "output")]
+        behind: list[ParamPath] = [(*block, "attention", "output")]
         behind += [(*block, part) for part in ("attention_norm", "ffn", "ffn_norm")]
         behind += [(*block, "attention", names[letter]) for letter in "qkv" if letter not in used]
         behind += [("encoder", f"layer_{i}") for i in range(last, student.num_hidden_layers)]

@@ -11,7 +11,8 @@ import optax
 from minilm_jax.errors import ConfigError
 from minilm_jax.train.state import Params, TrainState
 
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
+"""The names on the way to a parameter, or to a module of them: `("encoder", "layer_0", "ffn")`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, steps: int, undecayed: Collection[Path] = ()
+    config: OptimizerConfig, *, steps: int, undecayed: Collection[ParamPath] = ()
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a run.
 
@@ -155,7 +156,7 @@ def evaluated_params(state: TrainState, config: OptimizerConfig) -> Params:
     return optax.tree.bias_correction(average.ema, config.ema_decay, average.count)
 
 
-def decays(path: Path, undecayed: Collection[Path]) -> bool:
+def decays(path: ParamPath, undecayed: Collection[ParamPath]) -> bool:
     """Returns whether weight decay applies to the parameter at `path`."""
     if path[-1] in ("bias", "scale"):
         return False
