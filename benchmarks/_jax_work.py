@@ -17,7 +17,7 @@ from minilm_jax.distill.objectives import minilmv2
 from minilm_jax.encoder.config import Attention, Compute, EncoderConfig
 from minilm_jax.encoder.encoder import encode, init_params
 from minilm_jax.encoder.heads import pool
-from minilm_jax.jobs.distill import needed_params
+from minilm_jax.jobs.teacher import needed_params
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer

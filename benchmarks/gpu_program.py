@@ -20,7 +20,7 @@ from _report import write_section
 
 from minilm_jax.cli import load_experiment
 from minilm_jax.encoder.config import Attention
-from minilm_jax.jobs.distill import DistillConfig
+from minilm_jax.jobs.distill_config import DistillConfig
 from minilm_jax.jobs.plan import abstract_step
 from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices

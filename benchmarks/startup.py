@@ -31,7 +31,7 @@ from minilm_jax.data.batches import BatchConfig
 from minilm_jax.distill.objectives import minilmv2
 from minilm_jax.distill.student import StudentConfig
 from minilm_jax.encoder.encoder import encode, init_params
-from minilm_jax.jobs.distill import DistillConfig, TeacherConfig, TextConfig
+from minilm_jax.jobs.distill_config import DistillConfig, TeacherConfig, TextConfig
 from minilm_jax.jobs.plan import abstract_step
 from minilm_jax.train.devices import Devices
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from minilm_jax.cli import load_experiment
-from minilm_jax.jobs.distill import ChainConfig, DistillConfig
+from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig
 from minilm_jax.jobs.plan import make_plan
 from minilm_jax.train.described import tpu_devices
 from minilm_jax.train.devices import Devices, Lift

@@ -12,7 +12,7 @@ from minilm_jax.distill.student import init_student, student_encoder_config
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.encoder.heads import MaskedLM
 from minilm_jax.jobs import distill
-from minilm_jax.jobs.distill import ChainConfig, DistillConfig
+from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig
 from minilm_jax.train.optimizer import make_optimizer
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step

@@ -18,7 +18,7 @@ import dataclasses
 from pathlib import Path
 
 from minilm_jax.encoder.config import Compute
-from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig, SweepConfig
+from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig, SweepConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TaskData
 from minilm_jax.tasks.features import LengthConfig

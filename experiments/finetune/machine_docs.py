@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from minilm_jax.data.machine_docs import machine_documents
-from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig
+from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TaskData
 from minilm_jax.tasks.features import LengthConfig

@@ -4,36 +4,24 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from minilm_jax.convert.folder import read_model, write_model
+from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.model import Model
-from minilm_jax.data.batches import BatchConfig, Batches
-from minilm_jax.data.corpus import MANIFEST, Corpus
-from minilm_jax.data.masking import Masking
-from minilm_jax.data.prepare import prepare
-from minilm_jax.data.sources import TextSource, read_documents
-from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
-from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from minilm_jax.distill.baselines import init_mlm
-from minilm_jax.distill.objective import Objective
+from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.distill.objectives import RelationObjective
-from minilm_jax.distill.student import (
-    StudentConfig,
-    check_start,
-    init_student,
-    student_encoder_config,
-)
-from minilm_jax.encoder.config import Compute, EncoderConfig
-from minilm_jax.encoder.encoder import init_params
-from minilm_jax.errors import ConfigError, DataError
+from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import running
+from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, DistillResult, check_settings
+from minilm_jax.jobs.distill_step import initial_params, make_loss, make_run_optimizer, model_flops
 from minilm_jax.jobs.running import (
+    STUDENT,
     describe,
     describe_devices,
     join_hosts,
@@ -41,163 +29,24 @@ from minilm_jax.jobs.running import (
     open_devices,
     open_goodput,
     own_folder,
+    write_result,
 )
+from minilm_jax.jobs.teacher import learn_tokenizer, load_teacher, needed_params, open_tokenizer
+from minilm_jax.jobs.text import Splits, check_source, make_masking, open_splits, tokenise
 from minilm_jax.reductions import Loss
 from minilm_jax.signals import stoppable
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.flops import gradient_flops
 from minilm_jax.train.goodput import Goodput
-from minilm_jax.train.hosts import fail_together, wait_for_all, writes
-from minilm_jax.train.loop import Evaluation, TrainConfig
+from minilm_jax.train.hosts import fail_together, writes
+from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
-from minilm_jax.train.optimizer import (
-    OptimizerConfig,
-    evaluated_params,
-    make_optimizer,
-    make_schedule,
-)
-from minilm_jax.train.run_folder import (
-    METRICS,
-    RESULT,
-    check_run,
-    read_json,
-    settle,
-    write_json,
-)
-from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_evaluation, make_step
+from minilm_jax.train.optimizer import evaluated_params, make_schedule
+from minilm_jax.train.run_folder import METRICS, RESULT, check_run, read_json, settle
+from minilm_jax.train.step import make_evaluation
 
-PLOT, STUDENT, CORPUS = "loss.png", "student", "corpus"
-_ONE_TEXT = "give exactly one of text.source and text.corpora"
+PLOT = "loss.png"
 EXPORTED_HEADS = ("mlm",)
 """Trained modules that are part of the student; learned projections are not."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The model to learn from."""
-
-    source: str
-    """A Hugging Face folder, or a Hub id; a name for the log where `init` is random."""
-    sha256: str | None = None
-    """Expected SHA-256 of its weight file; checked before anything is loaded."""
-    shape: EncoderConfig | None = None
-    """The shape it is expected to have: lets a run be planned without its weights."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """random: made up from `shape`, with a vocabulary learnt from the run's own text. For smoke
-    runs; nothing is learnt from such a teacher."""
-
-    def __post_init__(self) -> None:
-        if self.init == "random" and self.shape is None:
-            raise ConfigError("teacher.init=random needs teacher.shape")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """The text to learn on: raw text that is tokenised first, or prepared corpora."""
-
-    source: TextSource | None = None
-    """Raw text; tokenised into OUTPUT/corpus with the teacher's tokenizer."""
-    corpora: tuple[Path, ...] = ()
-    """Folders made by `minilm-jax prepare`, instead of a source."""
-    heldout: float = 0.05
-    """Share of a source's documents that is kept out of training."""
-    evaluate_batches: int = 16
-    """Held-out batches the loss is measured on, at most."""
-
-    def __post_init__(self) -> None:
-        if (self.source is None) == (not self.corpora):
-            raise ConfigError(_ONE_TEXT)
-        if not 0.0 < self.heldout < 1.0:
-            raise ConfigError(f"text.heldout must be between 0 and 1, got {self.heldout}")
-        if self.evaluate_batches < 1:
-            raise ConfigError(
-                f"text.evaluate_batches must be at least 1, got {self.evaluate_batches}"
-            )
-
-    def make_way(self, names: Set[str]) -> "TextConfig":
-        """Returns the text for a command line that gives the fields `names`.
-
-        Of source and corpora the one that is not given goes; the other is named, for the command
-        line to fill in.
-        """
-        given = names & {"source", "corpora"}
-        if given == {"source"} and self.source is None:
-            source = TextSource(paths=("text.source.paths",))
-            return dataclasses.replace(self, source=source, corpora=())
-        if given == {"corpora"}:
-            return dataclasses.replace(self, source=None, corpora=(Path("text.corpora"),))
-        if len(given) > 1:
-            raise ConfigError(_ONE_TEXT)
-        return self
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """One distillation run."""
-
-    output: Path
-    """The run's folder: config, metrics, plot, checkpoints and, at the end, the student."""
-    teacher: TeacherConfig
-    student: StudentConfig
-    text: TextConfig
-    objective: Objective = dataclasses.field(default_factory=RelationObjective)
-    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    override: tuple[str, ...] = ()
-    """Dotted names of settings that may differ from the run that is resumed."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChainConfig:
-    """Distillation by way of a teacher assistant (MiniLM, section 3.3): two runs in turn.
-
-    Each has its own folder and is resumed, or skipped when it is finished, like any run.
-    """
-
-    assistant: DistillConfig
-    student: DistillConfig
-    """Its teacher.source is ASSISTANT: the first run's student."""
-
-    def __post_init__(self) -> None:
-        if self.student.teacher.source != ASSISTANT:
-            raise ConfigError(
-                f"student.teacher.source of a chain is {ASSISTANT!r}, got "
-                f"{self.student.teacher.source!r}"
-            )
-        first, second = (config.output.absolute() for config in (self.assistant, self.student))
-        if first == second or first in second.parents or second in first.parents:
-            raise ConfigError(
-                f"assistant and student write to {self.assistant.output} and {self.student.output}:"
-                " give two folders, neither inside the other"
-            )
-
-    def stages(self) -> tuple[DistillConfig, DistillConfig]:
-        """Returns both runs, the second with the first one's student as its teacher."""
-        shape = self.assistant.teacher.shape
-        teacher = TeacherConfig(
-            source=str(self.assistant.output / STUDENT),
-            shape=shape and student_encoder_config(self.assistant.student, shape),
-        )
-        return self.assistant, dataclasses.replace(self.student, teacher=teacher)
-
-
-ASSISTANT = "assistant"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillResult:
-    """What a finished run reports."""
-
-    student: str
-    """The Hugging Face folder."""
-    steps: int
-    seconds: float
-    """Of the start that finished the run."""
-    heldout: dict[str, float]
-    """Held-out loss of the student before and after, and of the reference points."""
 
 
 def run(
@@ -236,7 +85,7 @@ class _Run:
     devices: Devices
     tokenizer: Tokenizer | None
     """None where it is yet to be learnt from the run's text."""
-    corpora: "_Splits | None"
+    splits: Splits | None
     """None where there is yet text to be tokenised, or nothing to be done."""
     began: float
     """Of `time.monotonic`."""
@@ -291,48 +140,33 @@ class _Run:
             origin = _origin(config, result, teacher=self.teacher.fingerprint)
             write_model(student, target, tokenizer_files=tokenizer.files, origin=origin)
             plot_loss(config.output / METRICS, config.output / PLOT)
-            write_json(config.output / RESULT, dataclasses.asdict(result))
-        wait_for_all("exported")
+        write_result(config.output, result)
         return result
-
-    def _flops_of_a_batch(self) -> Callable[[Any], int]:
-        """Returns batch -> FLOPs of the model's matrix products in a step, over all devices."""
-        # What is computed twice to save memory is no work of the model.
-        compute = dataclasses.replace(self.config.compute, remat=False)
-        config = dataclasses.replace(self.config, compute=compute)
-
-        @functools.cache
-        def counted(length: int) -> int:
-            return step_flops(config, self.teacher, batch_shapes(config, length))
-
-        return lambda batch: counted(batch["input_ids"].shape[-1])
 
     def _train(self, goodput: Goodput) -> tuple[dict[str, Any], dict[str, float], Tokenizer]:
         """Returns the trained parameters, the held-out figures and the tokenizer."""
         config, teacher, devices = self.config, self.teacher, self.devices
-        tokenizer = self.tokenizer or _learn_tokenizer(config, teacher)
-        splits = self.corpora or _open_corpora(config, (_tokenise(config, tokenizer),), tokenizer)
+        tokenizer = self.tokenizer or learn_tokenizer(config, teacher)
+        splits = self.splits or open_splits(config, (tokenise(config, tokenizer),), tokenizer)
         for line in splits.lines:
             self.say(line)
         train, heldout = splits.train, splits.heldout
         with fail_together():
             if writes():
                 settle(config.output / "data.json", train.describe(), override=config.override)
-        mask = _masking(config, tokenizer)
-        loss = config.objective.make_loss(teacher.config, self.shape, config.compute)
+        mask = make_masking(config, tokenizer)
+        loss = make_loss(config, teacher.config)
         frozen = devices.place(needed_params(teacher, config.objective))
         rows = devices.rows(config.batch.batch_size)
         held = itertools.islice(heldout.evaluation_batches(rows=rows), config.text.evaluate_batches)
         evaluate = _evaluator(
             devices, loss, frozen, [mask(batch, step) for step, batch in enumerate(held)]
         )
-        key, other_key = jax.random.split(jax.random.key(config.train.seed))
 
         def start(**changes: Any) -> dict[str, Any]:
             student = dataclasses.replace(config.student, **changes)
-            encoder = init_student(key, student, teacher.config, teacher.params["encoder"])
-            new = config.objective.new_params(other_key, teacher.config, self.shape)
-            return {"encoder": encoder, **new}
+            changed = dataclasses.replace(config, student=student)
+            return initial_params(changed, teacher.config, teacher.params["encoder"])
 
         goodput.lap("startup")
         # Functions of the config alone: a resumed run finds the same.
@@ -341,18 +175,6 @@ class _Run:
         if _fits_in(self.shape, teacher.config):
             figures["copied"] = evaluate(start(init="teacher"))
         goodput.lap("evaluation")
-        optimizer = make_optimizer(
-            config.optimizer,
-            steps=config.train.steps,
-            undecayed=config.objective.unreached(self.shape),
-        )
-        train_step = make_step(
-            loss,
-            optimizer,
-            seed=config.train.seed,
-            accumulate=config.train.accumulate,
-            nonfinite=config.train.nonfinite,
-        )
         described = describe(config, teacher=teacher.fingerprint)
         with open_checkpoints(
             config.output,
@@ -361,8 +183,9 @@ class _Run:
             keep_best=config.train.evaluate_every > 0,
         ) as checkpoints:
             state = running.train(
-                devices.lift_step(train_step),
-                lambda: create_state(start(), optimizer),
+                loss,
+                make_run_optimizer(config, teacher.config),
+                start,
                 frozen,
                 lambda number: mask(train.at(number, rows=rows), number),
                 output=config.output,
@@ -372,7 +195,7 @@ class _Run:
                 checkpoints=checkpoints,
                 schedule=make_schedule(config.optimizer, steps=config.train.steps),
                 goodput=goodput,
-                flops=self._flops_of_a_batch(),
+                flops=model_flops(config, teacher),
                 evaluate=lambda state: Evaluation(
                     heldout=evaluate(evaluated_params(state, config.optimizer))
                 ),
@@ -394,35 +217,11 @@ def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
         # What the shape alone tells needs no download.
         check_settings(config, config.teacher.shape)
     teacher = load_teacher(config)
-    tokenizer = _open_tokenizer(config, teacher)
-    shape, devices, corpora = _check(
+    tokenizer = open_tokenizer(config, teacher)
+    shape, devices, splits = _check(
         config, teacher.config, tokenizer, fingerprint=teacher.fingerprint
     )
-    return _Run(config, teacher, shape, devices, tokenizer, corpora, began, say)
-
-
-def check_settings(config: DistillConfig, teacher: EncoderConfig) -> EncoderConfig:
-    """Returns the student's shape, once all settings are known to fit each other and the teacher.
-
-    Raises:
-      ConfigError: they do not. Nothing is read to find that out.
-    """
-    if jax.process_count() > 1 and config.text.source is not None:
-        raise ConfigError(
-            "text.source is tokenised by one process: with several, make it once with "
-            "minilm-jax prepare and give text.corpora"
-        )
-    student = student_encoder_config(config.student, teacher)
-    check_start(config.student, teacher)
-    config.objective.check(teacher, student)
-    if config.batch.sequence_length > teacher.max_length:
-        raise ConfigError(
-            f"batch.sequence_length={config.batch.sequence_length} is longer than the teacher's "
-            f"{teacher.max_length} positions"
-        )
-    config.batch.check_weights(len(config.text.corpora) or 1)
-    make_schedule(config.optimizer, steps=config.train.steps)
-    return student
+    return _Run(config, teacher, shape, devices, tokenizer, splits, began, say)
 
 
 def _check(
@@ -431,7 +230,7 @@ def _check(
     tokenizer: Tokenizer | None,
     *,
     fingerprint: str | None,
-) -> tuple[EncoderConfig, Devices, "_Splits | None"]:
+) -> tuple[EncoderConfig, Devices, Splits | None]:
     """Returns the student's shape, the devices and the corpora, all known to fit the run.
 
     Args:
@@ -451,124 +250,12 @@ def _check(
         check_run(config.output, described, override=config.override + unknown)
     if (config.output / RESULT).exists():
         return shape, devices, None
-    if config.text.source is not None:
-        if not _is_tokenised(config) and next(read_documents(config.text.source), None) is None:
-            raise ConfigError("text.source holds no document")
+    check_source(config)
+    if not config.text.corpora:
         return shape, devices, None
     if tokenizer is None:
         raise ConfigError(f"teacher {config.teacher.source} has no tokenizer files")
-    return shape, devices, _open_corpora(config, config.text.corpora, tokenizer)
-
-
-def load_teacher(config: DistillConfig) -> Model:
-    """Returns the teacher with the heads the objective needs, or a made-up one."""
-    wanted, heads = config.teacher, config.objective.teacher_heads()
-    if wanted.init == "random" and wanted.shape is not None:
-        key = jax.random.key(0)
-        params = {"encoder": init_params(key, wanted.shape)}
-        params |= {head: dict(init_mlm(key, wanted.shape)) for head in heads}
-        return Model(config=wanted.shape, params=params, fingerprint="random")
-    teacher = read_model(wanted.source, sha256=wanted.sha256, heads=heads)
-    for head in heads:
-        if head not in teacher.params:
-            raise ConfigError(
-                f"teacher {wanted.source} has no {head} head, which this objective learns from"
-            )
-    if wanted.shape is not None:
-        for field in dataclasses.fields(EncoderConfig):
-            found, expected = (getattr(c, field.name) for c in (teacher.config, wanted.shape))
-            # Dropout and initialisation are no property of trained weights.
-            if found != expected and field.type in ("int", int):
-                raise ConfigError(
-                    f"teacher {wanted.source} has {field.name}={found}, teacher.shape says "
-                    f"{expected}"
-                )
-    return teacher
-
-
-def _open_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer | None:
-    """Returns the teacher's tokenizer; None where a made-up teacher's is yet to be learnt."""
-    if teacher.tokenizer_folder is not None:
-        return load_tokenizer(teacher.tokenizer_folder, vocab_size=teacher.config.vocab_size)
-    if config.teacher.init == "random" and config.text.source is not None:
-        return None
-    raise ConfigError(f"teacher {config.teacher.source} has no tokenizer files")
-
-
-def _learn_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer:
-    """Returns a vocabulary of the run's own text, for a teacher that is made up."""
-    folder, size = config.output / "tokenizer", teacher.config.vocab_size
-    if not folder.exists():
-        multilingual = teacher.config.model_type == "xlm-roberta"
-        learn = train_sentencepiece if multilingual else train_wordpiece
-        assert config.text.source is not None
-        learn(
-            itertools.islice(read_documents(config.text.source), 1000),
-            output=folder,
-            vocab_size=size,
-        )
-    return load_tokenizer(folder, vocab_size=size)
-
-
-def _masking(
-    config: DistillConfig, tokenizer: Tokenizer
-) -> Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]:
-    """Returns (batch, step) -> the batch as the objective wants it: masked, or as it is."""
-    wanted = config.objective.masking()
-    if wanted is None:
-        return lambda batch, step: batch
-    masking = Masking(wanted, seed=config.train.seed, tokenizer=tokenizer)
-    return lambda batch, step: masking(batch, step=step)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Splits:
-    """The batches of a run's corpora."""
-
-    train: Batches
-    heldout: Batches
-    lines: tuple[str, ...]
-    """What is in them."""
-
-
-def _tokenise(config: DistillConfig, tokenizer: Tokenizer) -> Path:
-    """Returns the folder of the run's own corpus, which is made where that is not done.
-
-    Once it is, the run needs its text no more, whatever becomes of it.
-    """
-    assert config.text.source is not None
-    prepare(
-        config.text.source,
-        tokenizer=tokenizer.files[0].parent,
-        output=config.output / CORPUS,
-        holdout_fraction=config.text.heldout,
-        finished_is_enough=True,
-    )
-    return config.output / CORPUS
-
-
-def _is_tokenised(config: DistillConfig) -> bool:
-    return (config.output / CORPUS / MANIFEST).is_file()
-
-
-def _open_corpora(config: DistillConfig, folders: Sequence[Path], tokenizer: Tokenizer) -> _Splits:
-    """Returns the batches of prepared corpora, known to be of this tokenizer and to have both."""
-    made, lines = {}, []
-    for split in ("train", "heldout"):
-        corpora = [Corpus.open(folder, split=split) for folder in folders]
-        for corpus in corpora:
-            if split == "heldout" and not len(corpus):
-                raise DataError(
-                    f"{corpus.folder}: holds out no document to measure the loss on; make it "
-                    "again, in a new folder, with a larger share: --heldout of minilm-jax prepare, "
-                    "--text.heldout of raw text"
-                )
-        made[split] = Batches(corpora, config.batch, seed=config.train.seed, tokenizer=tokenizer)
-        lines.append(
-            f"{split:<8} {sum(map(len, corpora)):,} documents, "
-            f"{sum(corpus.num_tokens for corpus in corpora):,} tokens"
-        )
-    return _Splits(**made, lines=tuple(lines))
+    return shape, devices, open_splits(config, config.text.corpora, tokenizer)
 
 
 def _evaluator(
@@ -585,49 +272,6 @@ def _evaluator(
         return float(whole.value())
 
     return evaluate
-
-
-def needed_params(teacher: Model, objective: Objective) -> dict[str, Any]:
-    """Returns the teacher's parameters without the layers above the last one compared."""
-    layers = objective.teacher_layers(teacher.config)
-    unused = {f"layer_{index}" for index in range(layers, teacher.config.num_hidden_layers)}
-    encoder = {name: x for name, x in teacher.params["encoder"].items() if name not in unused}
-    heads = {name: teacher.params[name] for name in objective.teacher_heads()}
-    return {"encoder": encoder, **heads}
-
-
-def batch_shapes(config: DistillConfig, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a global batch with rows of `length` tokens looks like."""
-    rows = config.batch.batch_size
-    names = ["input_ids", "segments"]
-    if config.objective.masking() is not None:
-        names.append("labels")
-    shapes = {name: jax.ShapeDtypeStruct((rows, length), np.int32) for name in names}
-    return shapes | {"rows": jax.ShapeDtypeStruct((rows,), np.int32)}
-
-
-def step_flops(config: DistillConfig, teacher: Model, batch: dict[str, Any]) -> int:
-    """Returns the FLOPs of the matrix products of a step, its relations written out.
-
-    Args:
-      config: of the run.
-      teacher: its parameters may be shapes.
-      batch: shapes of the global batch.
-    """
-    objective = config.objective
-    if isinstance(objective, RelationObjective):
-        # The others loop over blocks as far as the longest row, which a trace cannot know.
-        objective = dataclasses.replace(objective, implementation="reference")
-    shape = student_encoder_config(config.student, teacher.config)
-    loss = objective.make_loss(teacher.config, shape, config.compute)
-    key = jax.random.key(0)
-    student = jax.eval_shape(
-        lambda: (
-            {"encoder": init_params(key, shape)}
-            | dict(objective.new_params(key, teacher.config, shape))
-        )
-    )
-    return gradient_flops(loss, student, needed_params(teacher, objective), batch)
 
 
 def _fits_in(student: EncoderConfig, teacher: EncoderConfig) -> bool:

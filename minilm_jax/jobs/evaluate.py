@@ -20,7 +20,7 @@ from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError
-from minilm_jax.jobs.running import jsonable
+from minilm_jax.jobs.running import BEST, STUDENT, jsonable
 from minilm_jax.signals import stoppable
 from minilm_jax.tasks.answers import AnswerConfig, Prediction, answer
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
@@ -34,7 +34,6 @@ from minilm_jax.tasks.tables import ResultRow, append_rows, read_rows, tables
 from minilm_jax.train.devices import Devices
 
 RESULTS, TABLES, PREDICTIONS = "results.csv", "tables.md", "predictions"
-BEST, STUDENT = "best", "student"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -475,6 +474,16 @@ def result_rows(
         )
         for metric, value in result.scores.items()
     ]
+
+
+def write_results(folder: Path, rows: Sequence[ResultRow]) -> None:
+    """Writes results.csv and tables.md of these rows alone.
+
+    A start that was cut off here has written none or all of them.
+    """
+    (folder / RESULTS).unlink(missing_ok=True)
+    append_rows(folder / RESULTS, rows)
+    write_tables(folder)
 
 
 def write_tables(folder: Path) -> None:

@@ -1,39 +1,37 @@
 """The fine-tuning job: a distilled model and a task in; the best checkpoint and its scores out."""
 
 import dataclasses
-import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import numpy as np
 
 from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer
-from minilm_jax.encoder.config import Compute
-from minilm_jax.encoder.encoder import init_params
-from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.evaluate import (
-    BEST,
     PREDICTIONS,
-    RESULTS,
     Evaluator,
     PartData,
     check_length,
     describe_scores,
     digest,
     load,
-    named_labels,
     report_skips,
     result_rows,
-    write_tables,
+    write_results,
 )
+from minilm_jax.jobs.finetune_config import (
+    FinetuneConfig,
+    FinetuneResult,
+    report_parts,
+    selection_parts,
+)
+from minilm_jax.jobs.finetune_model import class_names, make_loss, start_model
 from minilm_jax.jobs.running import (
+    BEST,
     Say,
     describe,
     describe_devices,
@@ -43,153 +41,22 @@ from minilm_jax.jobs.running import (
     open_goodput,
     own_folder,
     train,
+    write_result,
 )
+from minilm_jax.jobs.sweep import sweep
 from minilm_jax.signals import stoppable
-from minilm_jax.tasks.answers import AnswerConfig
-from minilm_jax.tasks.batches import RowConfig, TaskBatches
-from minilm_jax.tasks.catalog import (
-    TASKS,
-    Kind,
-    Part,
-    Task,
-    TaskData,
-    TaskName,
-    all_languages,
-    read_part,
-)
+from minilm_jax.tasks.batches import TaskBatches
+from minilm_jax.tasks.catalog import TASKS, Part, Task, read_part
 from minilm_jax.tasks.examples import Skips
-from minilm_jax.tasks.features import LengthConfig, question_features, text_features
-from minilm_jax.tasks.losses import TaskModel, init_head
-from minilm_jax.tasks.own import label_names
-from minilm_jax.tasks.tables import ResultRow, append_rows, mean_and_deviation, read_rows
+from minilm_jax.tasks.features import question_features, text_features
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hosts import wait_for_all, writes
-from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig
-from minilm_jax.train.optimizer import (
-    OptimizerConfig,
-    evaluated_params,
-    make_optimizer,
-    make_schedule,
-)
-from minilm_jax.train.run_folder import (
-    RESULT,
-    read_json,
-    write_json,
-)
-from minilm_jax.train.state import TrainState, create_state
-from minilm_jax.train.step import make_step
+from minilm_jax.train.loop import Evaluation, TrainConfig
+from minilm_jax.train.optimizer import evaluated_params, make_optimizer, make_schedule
+from minilm_jax.train.run_folder import RESULT, read_json, write_json
+from minilm_jax.train.state import TrainState
 
 EVALUATIONS = "evaluations.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """How long a run trains, and what it looks at on the way."""
-
-    epochs: int = 3
-    """Passes over the training set."""
-    max_steps: int = 0
-    """Steps in all, whatever the epochs; 0: the epochs decide."""
-    warmup_ratio: float = 0.0
-    """Share of the steps that warms up; 0: optimizer.warmup_steps decide."""
-    evaluate_every: int = 0
-    """Steps between evaluations on the selection parts; 0: an epoch."""
-    patience: int = 0
-    """Evaluations without improvement after which the run ends; 0: never."""
-    keep_models: Literal["best", "all"] = "best"
-    """all: each evaluated checkpoint is kept as a model, too (step-…)."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "evaluate_every", "patience"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"schedule.{name} must not be negative")
-        if self.epochs < 1:
-            raise ConfigError(f"schedule.epochs must be at least 1, got {self.epochs}")
-        if not 0.0 <= self.warmup_ratio < 1.0:
-            raise ConfigError(f"schedule.warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Values to try in all combinations; what is not given stays as the run has it."""
-
-    learning_rates: tuple[float, ...] = ()
-    epochs: tuple[int, ...] = ()
-    seeds: tuple[int, ...] = ()
-    """Figures of one learning rate and number of epochs become mean ± standard deviation."""
-
-    def __post_init__(self) -> None:
-        for name, values in vars(self).items():
-            if len(set(values)) < len(values):
-                raise ConfigError(
-                    f"sweep.{name} has a value twice ({', '.join(map(str, values))}); each is one "
-                    "run: give it once"
-                )
-
-    @property
-    def given(self) -> bool:
-        """Whether there is anything to sweep."""
-        return bool(self.learning_rates or self.epochs or self.seeds)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """One fine-tuning run, or a sweep of them."""
-
-    task: TaskName
-    """GLUE's nine, squad1, squad2, xnli, mlqa; texts and questions are your own data."""
-    model: str
-    """A Hugging Face folder or a Hub id: the encoder to start from, with its tokenizer."""
-    init: Literal["checkpoint", "random"] = "checkpoint"
-    """random draws every weight anew: the baseline that shows what the checkpoint is worth."""
-    data: TaskData
-    output: Path
-    """The run's folder: config, metrics, evaluations, checkpoints, the best model, tables."""
-    train_languages: tuple[str, ...] = ()
-    """none given: English, or all rows of own data. XNLI: English alone is zero-shot transfer;
-    several are translate-train."""
-    select_languages: tuple[str, ...] = ()
-    """Dev sets that select checkpoints; none given: the task's own rule (XNLI: all 15 together,
-    MLQA: English; own data: all rows)."""
-    report: Literal["task", "none"] = "task"
-    """What the best model is scored on at the end: the split the papers report, or nothing."""
-    name: str = ""
-    """What tables call the model; "" is the output folder's name."""
-    lengths: LengthConfig = dataclasses.field(default_factory=LengthConfig)
-    answers: AnswerConfig = dataclasses.field(default_factory=AnswerConfig)
-    batch: RowConfig = dataclasses.field(default_factory=RowConfig)
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=5e-5, warmup_steps=0, eps=1e-8, weight_decay=0.0
-        )
-    )
-    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
-    train: EngineConfig = dataclasses.field(default_factory=lambda: EngineConfig(log_every=50))
-    sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
-    limit: int = 0
-    """Examples of each part at most, to try things; 0 is all."""
-    override: tuple[str, ...] = ()
-    """Dotted names of settings that may differ from the run that is resumed."""
-
-    def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise ConfigError(f"limit must not be negative, got {self.limit}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneResult:
-    """What a finished run reports."""
-
-    model: str
-    """The best checkpoint: a Hugging Face folder."""
-    steps: int
-    """Taken; fewer than planned where the run ended early."""
-    best_step: int
-    selection: float
-    """The selecting figure at the best step, in percent."""
-    scores: dict[str, dict[str, float]]
-    """Part → metric → percent, of the best model."""
 
 
 def run(
@@ -201,7 +68,9 @@ def run(
     """
     say = join_hosts(config.train, say)
     with stoppable():
-        return _sweep(config, say) if config.sweep.given else _run(config, say)
+        if config.sweep.given:
+            return sweep(config, lambda one: _run(one, say), say=say)
+        return _run(config, say)
 
 
 def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
@@ -212,7 +81,7 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
     check_length(config.lengths, source)
     skips = Skips()
     examples = _training_examples(config, skips)
-    labels = _labels(task, source, examples)
+    labels = class_names(task, source, examples)
     evaluator = Evaluator(
         task,
         source,
@@ -242,14 +111,12 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
         say(f"{config.output} is finished ({result.steps} steps); nothing left to do.")
         _summarise(config, result, say)
         return result
-    model, params = _start(config, task, source, labels)
     batches = _batches(config, task, tokenizer, examples, labels, skips)
     for line in skips.lines():
         say(f"  {line}")
     training = _Training(
         config,
-        model=model,
-        params=params,
+        model=start_model(config, task, source, labels),
         batches=batches,
         devices=devices,
         tokenizer=tokenizer,
@@ -267,38 +134,9 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
         best = training.run()
         reported = [parts[part] for part in reporting]
         result = _report(config, task, tokenizer, evaluator, reported, best, say)
-        if writes():
-            write_json(config.output / RESULT, dataclasses.asdict(result))
-        wait_for_all("reported")
+        write_result(config.output, result)
         _summarise(config, result, say)
         return result
-
-
-def selection_parts(config: FinetuneConfig) -> list[Part]:
-    """Returns what selects the best checkpoint: dev sets, never the split that is reported.
-
-    XNLI: the dev sets of all 15 languages together. MLQA: English dev, the only one zero-shot
-    transfer may look at. GLUE and SQuAD report their dev sets, as the papers do.
-    """
-    dev = Part(split="dev", language=TASKS[config.task].languages[0])
-    if config.select_languages:
-        return [dataclasses.replace(dev, language=code) for code in config.select_languages]
-    return all_languages("xnli", dev) if config.task == "xnli" else [dev]
-
-
-def report_parts(config: FinetuneConfig) -> list[Part]:
-    """Returns what the best model is scored on: what the papers report."""
-    if config.report == "none":
-        return []
-    match config.task:
-        case "xnli" | "mlqa":
-            return all_languages(config.task, Part(split="test"))
-        case "mnli":
-            return [Part(split="dev"), Part(split="dev-mm")]
-        case "texts" | "questions":
-            return [Part(split="dev" if config.data.test is None else "test", language="")]
-        case _:
-            return [Part(split="dev")]
 
 
 class _Training:
@@ -309,7 +147,6 @@ class _Training:
         config: FinetuneConfig,
         *,
         model: Model,
-        params: dict[str, Any],
         batches: TaskBatches,
         devices: Devices,
         tokenizer: Tokenizer,
@@ -334,25 +171,6 @@ class _Training:
                 config.optimizer, warmup_steps=round(schedule.warmup_ratio * self.steps)
             )
         self.optimizer = make_optimizer(self.optimizer_config, steps=self.steps)
-        classes = 1
-        if self.task.kind == "classes":
-            classes = int(np.shape(params["sequence_classifier"]["output"]["bias"])[0])
-        task_model = TaskModel(
-            model.config,
-            self.task.kind,
-            classes=classes,
-            compute=config.compute,
-            head_dropout=head_dropout(model, self.task.kind),
-        )
-        step = make_step(
-            task_model.loss,
-            self.optimizer,
-            seed=config.train.seed,
-            accumulate=config.train.accumulate,
-            nonfinite=config.train.nonfinite,
-        )
-        self.step = devices.lift_step(step)
-        self.start = partial(create_state, params, self.optimizer)
 
     def run(self) -> dict[str, Any]:
         """Returns the best evaluation's record, after what is left of the training."""
@@ -365,8 +183,9 @@ class _Training:
                 output, self.config.train, metadata={"config": self.described}
             ) as checkpoints:
                 state = train(
-                    self.step,
-                    self.start,
+                    make_loss(self.config, self.task, self.model),
+                    self.optimizer,
+                    lambda: self.model.params,
                     None,
                     self._batch,
                     output=output,
@@ -442,24 +261,6 @@ class _Training:
             write_model(model, folder, tokenizer_files=self.tokenizer.files)
 
 
-def head_dropout(model: Model, kind: Kind) -> float:
-    """Returns the rate of dropout in a task's head, as in transformers.
-
-    A classifier's is its own where its config has one, or else the encoder's. Of the heads that
-    find answers only DistilBERT's has dropout.
-    """
-    family = model.config.model_type
-    if kind == "span" and family != "distilbert":
-        return 0.0
-    name, default = "classifier_dropout", model.config.hidden_dropout_prob
-    if family == "distilbert":
-        name, default = ("qa_dropout", 0.1) if kind == "span" else ("seq_classif_dropout", 0.2)
-    elif family == "xlm":
-        name, default = "summary_first_dropout", 0.1
-    found = model.hf_config.get(name)
-    return default if found is None else float(found)
-
-
 def _training_examples(config: FinetuneConfig, skips: Skips) -> list[Any]:
     found: list[Any] = []
     for code in config.train_languages or TASKS[config.task].languages[:1]:
@@ -469,49 +270,6 @@ def _training_examples(config: FinetuneConfig, skips: Skips) -> list[Any]:
         )
         found += read[: config.limit or None]
     return found
-
-
-def _labels(task: Task, model: Model, examples: Sequence[Any]) -> tuple[str, ...]:
-    """Returns class names in the order of the outputs: the checkpoint's where it knows them."""
-    if task.kind != "classes":
-        return ()
-    wanted = task.labels or label_names(list(examples), name="the training set")
-    known = {label.casefold(): label for label in wanted}
-    stored = tuple(known.get(name.casefold(), "") for name in named_labels(model))
-    return stored if sorted(stored) == sorted(wanted) else wanted
-
-
-def _start(
-    config: FinetuneConfig, task: Task, source: Model, labels: tuple[str, ...]
-) -> tuple[Model, dict[str, Any]]:
-    """Returns the model to be written, and the parameters to start from."""
-    key = jax.random.key(config.train.seed)
-    known = dict(source.params)
-    if config.init == "random":
-        known = {"encoder": init_params(jax.random.fold_in(key, 1), source.config)}
-    same = tuple(name.casefold() for name in named_labels(source)) == tuple(
-        name.casefold() for name in labels
-    )
-    if task.kind == "classes" and not same and "sequence_classifier" in known:
-        # Outputs that stood for other classes are no start for these.
-        head = dict(known["sequence_classifier"])
-        head.pop("output")
-        known["sequence_classifier"] = head
-    params = init_head(
-        key, source.config, task.kind, classes=len(labels) if labels else 1, params=known
-    )
-    hf_config = {**source.hf_config, "finetuning_task": task.name}
-    for name in ("id2label", "label2id", "num_labels", "problem_type"):
-        hf_config.pop(name, None)
-    if labels:
-        hf_config["id2label"] = {str(i): name for i, name in enumerate(labels)}
-        hf_config["label2id"] = {name: i for i, name in enumerate(labels)}
-        hf_config["problem_type"] = "single_label_classification"
-    elif task.kind == "score":
-        hf_config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-        hf_config["problem_type"] = "regression"
-    # What embedded sentences no longer does.
-    return dataclasses.replace(source, hf_config=hf_config, params=params, sentence=None), params
 
 
 def _batches(
@@ -566,7 +324,7 @@ def _report(
             seed=str(config.train.seed),
         )
     if writes():
-        _write_rows(config.output, rows)
+        write_results(config.output, rows)
     return FinetuneResult(
         model=str(folder),
         steps=best["last"],
@@ -576,89 +334,9 @@ def _report(
     )
 
 
-def _write_rows(output: Path, rows: Sequence[ResultRow]) -> None:
-    # A start that was cut off here has written none or all of them.
-    (output / RESULTS).unlink(missing_ok=True)
-    append_rows(output / RESULTS, rows)
-    write_tables(output)
-
-
 def _summarise(config: FinetuneConfig, result: FinetuneResult, say: Say) -> None:
     say(f"\nbest at step {result.best_step:,} of {result.steps:,}: {result.selection:.2f}")
     for part, scores in result.scores.items():
         say(f"  {part:<12} {describe_scores(scores)}")
     say(f"model   {result.model}  (a Hugging Face folder: loads in transformers)")
     say(f"tables  {config.output / 'tables.md'}")
-
-
-# Sweeps
-
-
-def _sweep(config: FinetuneConfig, say: Say) -> list[FinetuneResult]:
-    """Returns every run's result, after writing results.csv, tables.md and sweep.json.
-
-    The best setting is that of the best mean of the selecting figure; the tables show its seeds
-    as mean ± standard deviation.
-    """
-    results: list[FinetuneResult] = []
-    rows: list[ResultRow] = []
-    settings: list[dict[str, Any]] = []
-    began = time.monotonic()
-    # All of them made before the first one runs: a value that cannot be is refused at once.
-    for (rate, passes), configs in sweep_runs(config).items():
-        found = []
-        for inner in configs:
-            say(f"\n{inner.output.name}")
-            result = _run(inner, say)
-            found.append(result)
-            rows += read_rows(inner.output / RESULTS)
-        values = [result.selection for result in found]
-        settings.append(
-            {
-                "learning_rate": rate,
-                "epochs": passes,
-                "seeds": [inner.train.seed for inner in configs],
-                "selection": values,
-                "mean": statistics.fmean(values),
-                "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-                "models": [result.model for result in found],
-            }
-        )
-        results += found
-    best = max(settings, key=lambda setting: setting["mean"])
-    if writes():
-        write_json(config.output / "sweep.json", {"settings": settings, "best": best})
-        _write_rows(config.output, rows)
-    metric = TASKS[config.task].metrics[0]
-    seconds = time.monotonic() - began
-    say(f"\n{len(results)} runs in {seconds:.0f} s; {metric} on the selection parts")
-    for setting in settings:
-        mark = "  best" if setting is best else ""
-        say(
-            f"  lr {setting['learning_rate']}  epochs {setting['epochs']}  "
-            f"{mean_and_deviation(setting['selection'])}{mark}"
-        )
-    return results
-
-
-def sweep_runs(config: FinetuneConfig) -> dict[tuple[float, int], list[FinetuneConfig]]:
-    """Returns the runs of a sweep, one a seed, by learning rate and epochs."""
-    sweep, name = config.sweep, config.name or config.output.name
-    rates = sweep.learning_rates or (config.optimizer.learning_rate,)
-    epochs = sweep.epochs or (config.schedule.epochs,)
-    return {
-        (rate, passes): [
-            dataclasses.replace(
-                config,
-                # Every digit of the rate: what is close by is still another run.
-                output=config.output / f"lr{rate}-epochs{passes}-seed{seed}",
-                name=f"{name} lr {rate}, {passes} epochs",
-                optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
-                schedule=dataclasses.replace(config.schedule, epochs=passes),
-                train=dataclasses.replace(config.train, seed=seed),
-                sweep=SweepConfig(),
-            )
-            for seed in sweep.seeds or (config.train.seed,)
-        ]
-        for rate, passes in itertools.product(rates, epochs)
-    }

@@ -20,26 +20,21 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from minilm_jax.convert.model import Model
-from minilm_jax.distill.baselines import init_mlm
-from minilm_jax.distill.student import init_student
-from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError
-from minilm_jax.jobs.distill import (
-    ChainConfig,
-    DistillConfig,
+from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, check_settings
+from minilm_jax.jobs.distill_step import (
     batch_shapes,
-    check_settings,
-    load_teacher,
-    needed_params,
+    initial_params,
+    make_loss,
+    make_run_optimizer,
     step_flops,
 )
+from minilm_jax.jobs.running import lift_step
+from minilm_jax.jobs.teacher import describe_teacher, needed_params
 from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hardware import GIB, known_chip, memory_limit
-from minilm_jax.train.optimizer import make_optimizer
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +130,7 @@ def make_plan(config: DistillConfig, devices: Devices, *, hardware: str, efficie
     """Returns the plan of one run on devices that may be only described; compiles its step."""
     devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
     step, state, frozen, batch = abstract_step(config, devices)
-    shapes = batch_shapes(config, config.batch.sequence_length)
-    flops = step_flops(config, _described_teacher(config), shapes)
+    flops = step_flops(config, describe_teacher(config), config.batch.sequence_length)
     refusal, memory, bytes_accessed = "", None, 0.0
     try:
         compiled = step.lower(state, frozen, batch).compile()
@@ -180,50 +174,20 @@ def abstract_step(config: DistillConfig, devices: Devices) -> tuple[Any, Any, An
 
     No weight is read where `teacher.shape` is given.
     """
-    objective = config.objective
-    teacher = _described_teacher(config)
-    shape = check_settings(config, teacher.config)
-    optimizer = make_optimizer(
-        config.optimizer, steps=config.train.steps, undecayed=objective.unreached(shape)
-    )
+    teacher = describe_teacher(config)
+    check_settings(config, teacher.config)
+    loss = make_loss(config, teacher.config)
+    optimizer = make_run_optimizer(config, teacher.config)
 
     def start(encoder: Any) -> Any:
-        key = jax.random.key(0)
-        params = {"encoder": init_student(key, config.student, teacher.config, encoder)}
-        params |= objective.new_params(key, teacher.config, shape)
-        return create_state(params, optimizer)
+        return create_state(initial_params(config, teacher.config, encoder), optimizer)
 
-    state = jax.eval_shape(start, teacher.params["encoder"])
-    frozen = needed_params(teacher, objective)
-    loss = objective.make_loss(teacher.config, shape, config.compute)
-    step = make_step(
-        loss,
-        optimizer,
-        seed=config.train.seed,
-        accumulate=config.train.accumulate,
-        nonfinite=config.train.nonfinite,
-    )
     return (
-        devices.lift_step(step),
-        devices.abstract(state),
-        devices.abstract(frozen),
+        lift_step(loss, optimizer, config=config.train, devices=devices),
+        devices.abstract(jax.eval_shape(start, teacher.params["encoder"])),
+        devices.abstract(needed_params(teacher, config.objective)),
         devices.abstract_batch(batch_shapes(config, config.batch.sequence_length)),
     )
-
-
-def _described_teacher(config: DistillConfig) -> Model:
-    """Returns the teacher with shapes for parameters; its weights are read only without a shape."""
-    shape = config.teacher.shape
-    if shape is None:
-        teacher = load_teacher(config)
-        return dataclasses.replace(teacher, params=jax.eval_shape(lambda: teacher.params))
-
-    def made() -> dict[str, Any]:
-        key = jax.random.key(0)
-        heads = {head: dict(init_mlm(key, shape)) for head in config.objective.teacher_heads()}
-        return {"encoder": init_params(key, shape), **heads}
-
-    return Model(config=shape, params=jax.eval_shape(made))
 
 
 def _memory(compiled: Any, state: Any, frozen: Any, batch: Any, devices: Devices) -> Memory:

@@ -17,7 +17,7 @@ from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.objectives import RelationObjective, minilmv2
 from minilm_jax.distill.student import StudentConfig
 from minilm_jax.encoder.config import Compute, EncoderConfig
-from minilm_jax.jobs.distill import (
+from minilm_jax.jobs.distill_config import (
     ASSISTANT,
     ChainConfig,
     DistillConfig,

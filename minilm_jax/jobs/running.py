@@ -14,15 +14,18 @@ from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.hosts import check_shared, fail_together, join, writes
+from minilm_jax.train.hosts import check_shared, fail_together, join, wait_for_all, writes
 from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import PROFILE, Profile
-from minilm_jax.train.run_folder import METRICS, open_run, versions
-from minilm_jax.train.state import TrainState
+from minilm_jax.train.run_folder import METRICS, RESULT, open_run, versions, write_json
+from minilm_jax.train.state import Params, TrainState, create_state
+from minilm_jax.train.step import LossFunction, make_step
 from minilm_jax.train.trackers import check_trackers, open_trackers
 
 Say = Callable[[str], None]
+BEST, STUDENT = "best", "student"
+"""The model in a run's folder: of fine-tuning, and of distillation."""
 
 
 def join_hosts(config: EngineConfig, say: Say) -> Say:
@@ -110,9 +113,39 @@ def open_checkpoints(
     )
 
 
+def write_result(output: Path, result: Any) -> None:
+    """Writes what a finished run reports, a dataclass, and with it that the run is finished.
+
+    The last thing to be written; no process goes on before it is.
+    """
+    if writes():
+        write_json(output / RESULT, dataclasses.asdict(result))
+    wait_for_all("finished")
+
+
+def lift_step(
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    *,
+    config: EngineConfig,
+    devices: Devices,
+) -> Callable[..., Any]:
+    """Returns the step of a run as its settings have it, lifted over its devices."""
+    return devices.lift_step(
+        make_step(
+            loss,
+            optimizer,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            nonfinite=config.nonfinite,
+        )
+    )
+
+
 def train(
-    step: Callable[..., Any],
-    start: Callable[[], TrainState],
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    start: Callable[[], Params],
     frozen: Any,
     batch_at: Callable[[int], Mapping[str, np.ndarray]],
     *,
@@ -129,8 +162,9 @@ def train(
     """Returns the state after the last step; `fit` with all that a run's folder gets.
 
     Args:
-      step: the lifted step.
-      start: makes the state to start from where there is no checkpoint.
+      loss: of a part of a batch.
+      optimizer: of the whole run.
+      start: makes the parameters to start from where there is no checkpoint.
       frozen: placed arguments that are not trained.
       batch_at: this process's rows of the batch of a step, counted from 0.
       output: the run's folder.
@@ -144,8 +178,8 @@ def train(
       evaluate: looks at a state every config.evaluate_every steps, as in `fit`.
     """
     return fit(
-        step,
-        start,
+        lift_step(loss, optimizer, config=config, devices=devices),
+        lambda: create_state(start(), optimizer),
         frozen,
         # Placed by the thread that makes it: the copy overlaps with the step before.
         lambda first: Prefetch(

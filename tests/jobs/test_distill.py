@@ -25,7 +25,7 @@ from minilm_jax.distill.student import StudentConfig
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import UserError
 from minilm_jax.jobs import distill
-from minilm_jax.jobs.distill import (
+from minilm_jax.jobs.distill_config import (
     ASSISTANT,
     ChainConfig,
     DistillConfig,

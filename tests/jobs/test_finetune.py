@@ -18,9 +18,10 @@ from minilm_jax.convert.model import Model
 from minilm_jax.convert.sentence import Sentence
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.errors import ConfigError, DataError
-from minilm_jax.jobs import evaluate, finetune, running
+from minilm_jax.jobs import evaluate, finetune, finetune_model, running
 from minilm_jax.jobs.evaluate import EvaluateConfig
-from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig, SweepConfig
+from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig, SweepConfig
+from minilm_jax.jobs.sweep import sweep_runs
 from minilm_jax.signals import Stopped
 from minilm_jax.tasks import losses
 from minilm_jax.tasks.answers import AnswerConfig
@@ -460,7 +461,7 @@ class Shown:
 def test_a_sweep_keeps_close_learning_rates_apart(tmp_path):
     rates = (5e-5, 0.0012345678, 0.0012345679)
     sweep = SweepConfig(learning_rates=rates, seeds=(1, 2))
-    runs = finetune.sweep_runs(make("cola", "model", tmp_path, tmp_path / "sweep", sweep=sweep))
+    runs = sweep_runs(make("cola", "model", tmp_path, tmp_path / "sweep", sweep=sweep))
     configs = [config for found in runs.values() for config in found]
     assert [config.optimizer.learning_rate for config in configs] == [
         r for r in rates for _ in "12"
@@ -754,9 +755,9 @@ def test_what_a_head_starts_from(bert):
 def test_heads_drop_at_the_rates_of_transformers(family, settings, classes, span):
     config = EncoderConfig(model_type=family, hidden_dropout_prob=0.25)
     model = Model(config=config, params={}, hf_config=settings)
-    assert finetune.head_dropout(model, "classes") == classes
-    assert finetune.head_dropout(model, "score") == classes
-    assert finetune.head_dropout(model, "span") == span
+    assert finetune_model.head_dropout(model, "classes") == classes
+    assert finetune_model.head_dropout(model, "score") == classes
+    assert finetune_model.head_dropout(model, "span") == span
 
 
 @pytest.mark.parametrize("kind", ["classes", "span"])
@@ -790,17 +791,17 @@ def test_outputs_of_other_classes_are_no_start(official, bert, tmp_path):
     finetune.run(make("rte", bert, official, tmp_path / "rte", report="none"), say=quiet)
     source, _ = evaluate.load(str(tmp_path / "rte"))
     config = make("wnli", tmp_path / "rte", official, tmp_path / "wnli")
-    labels = finetune._labels(TASKS["wnli"], source, [])
+    labels = finetune_model.class_names(TASKS["wnli"], source, [])
     assert labels == ("entailment", "not_entailment")  # the checkpoint's order, not the task's
     source = dataclasses.replace(
         source, sentence=Sentence(pooling="mean", normalize=True, max_length=64)
     )
-    model, params = finetune._start(config, TASKS["wnli"], source, labels)
+    model = finetune_model.start_model(config, TASKS["wnli"], source, labels)
     assert model.sentence is None  # a classifier embeds no sentences
-    kept = params["sequence_classifier"]["output"]["kernel"]
+    kept = model.params["sequence_classifier"]["output"]["kernel"]
     np.testing.assert_array_equal(kept, source.params["sequence_classifier"]["output"]["kernel"])
-    labels = finetune._labels(TASKS["sst2"], source, [])
+    labels = finetune_model.class_names(TASKS["sst2"], source, [])
     assert labels == ("negative", "positive")
-    _, params = finetune._start(config, TASKS["sst2"], source, labels)
-    fresh = params["sequence_classifier"]["output"]["kernel"]
+    model = finetune_model.start_model(config, TASKS["sst2"], source, labels)
+    fresh = model.params["sequence_classifier"]["output"]["kernel"]
     assert (fresh != source.params["sequence_classifier"]["output"]["kernel"]).any()

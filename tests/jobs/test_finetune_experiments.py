@@ -10,7 +10,7 @@ from official_files import write_glue, write_mlqa, write_squad, write_tsv, write
 from tiny_models import write_tiny
 
 from minilm_jax.jobs import finetune
-from minilm_jax.jobs.finetune import FinetuneConfig
+from minilm_jax.jobs.finetune_config import FinetuneConfig
 from minilm_jax.tasks.catalog import TaskData
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "finetune"

@@ -16,7 +16,7 @@ from minilm_jax.convert.model import flatten
 
 EXPERIMENT = """
 from pathlib import Path
-from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig
+from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TaskData
 from minilm_jax.tasks.features import LengthConfig

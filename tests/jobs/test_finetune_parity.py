@@ -12,7 +12,7 @@ from tiny_models import write_tiny
 
 from minilm_jax.convert.folder import write_model
 from minilm_jax.jobs import evaluate, finetune
-from minilm_jax.jobs.finetune import FinetuneConfig, ScheduleConfig
+from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
 from minilm_jax.tasks.catalog import TASKS, TaskData
 from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, TextExample

@@ -1,0 +1,99 @@
+"""What the step of a distillation run is made of, for training it and for planning it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from minilm_jax.convert.model import Model
+from minilm_jax.distill.objective import LossFunction
+from minilm_jax.distill.objectives import RelationObjective
+from minilm_jax.distill.student import init_student, student_encoder_config
+from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.jobs.distill_config import DistillConfig
+from minilm_jax.jobs.teacher import needed_params
+from minilm_jax.train.flops import gradient_flops
+from minilm_jax.train.optimizer import make_optimizer
+
+
+def make_loss(config: DistillConfig, teacher: EncoderConfig) -> LossFunction:
+    """Returns the loss of the run's student, given a teacher of this shape."""
+    student = student_encoder_config(config.student, teacher)
+    return config.objective.make_loss(teacher, student, config.compute)
+
+
+def make_run_optimizer(
+    config: DistillConfig, teacher: EncoderConfig
+) -> optax.GradientTransformation:
+    """Returns the run's optimizer, without decay of what its loss does not reach."""
+    student = student_encoder_config(config.student, teacher)
+    return make_optimizer(
+        config.optimizer,
+        steps=config.train.steps,
+        undecayed=config.objective.unreached(student),
+    )
+
+
+def initial_params(
+    config: DistillConfig, teacher: EncoderConfig, teacher_encoder: Any
+) -> dict[str, Any]:
+    """Returns what is trained as it is before the first step: the student, and what is beside it.
+
+    A function of its arguments: a run that is resumed finds the same.
+
+    Args:
+      config: of the run.
+      teacher: its shape.
+      teacher_encoder: its encoder parameters.
+    """
+    key, other_key = jax.random.split(jax.random.key(config.train.seed))
+    student = student_encoder_config(config.student, teacher)
+    return {
+        "encoder": init_student(key, config.student, teacher, teacher_encoder),
+        **config.objective.new_params(other_key, teacher, student),
+    }
+
+
+def batch_shapes(config: DistillConfig, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a global batch with rows of `length` tokens looks like."""
+    rows = config.batch.batch_size
+    names = ["input_ids", "segments"]
+    if config.objective.masking() is not None:
+        names.append("labels")
+    shapes = {name: jax.ShapeDtypeStruct((rows, length), np.int32) for name in names}
+    return shapes | {"rows": jax.ShapeDtypeStruct((rows,), np.int32)}
+
+
+def step_flops(config: DistillConfig, teacher: Model, length: int) -> int:
+    """Returns the FLOPs of the matrix products of a step, its relations written out.
+
+    Args:
+      config: of the run.
+      teacher: its parameters may be shapes.
+      length: tokens of a row.
+    """
+    objective = config.objective
+    if isinstance(objective, RelationObjective):
+        # The others loop over blocks as far as the longest row, which a trace cannot know.
+        objective = dataclasses.replace(objective, implementation="reference")
+        config = dataclasses.replace(config, objective=objective)
+    start = functools.partial(initial_params, config, teacher.config)
+    return gradient_flops(
+        make_loss(config, teacher.config),
+        jax.eval_shape(start, teacher.params["encoder"]),
+        needed_params(teacher, objective),
+        batch_shapes(config, length),
+    )
+
+
+def model_flops(config: DistillConfig, teacher: Model) -> Callable[[Any], int]:
+    """Returns batch -> FLOPs of the model's matrix products in a step, over all devices."""
+    # What is computed twice to save memory is no work of the model.
+    compute = dataclasses.replace(config.compute, remat=False)
+    config = dataclasses.replace(config, compute=compute)
+    counted = functools.cache(functools.partial(step_flops, config, teacher))
+    return lambda batch: counted(batch["input_ids"].shape[-1])

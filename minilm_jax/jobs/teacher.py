@@ -1,0 +1,95 @@
+"""The teacher of a distillation run: its parameters, or their shapes, and its tokenizer."""
+
+import dataclasses
+import itertools
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from minilm_jax.convert.folder import read_model
+from minilm_jax.convert.model import Model
+from minilm_jax.data.sources import read_documents
+from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
+from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from minilm_jax.distill.baselines import init_mlm
+from minilm_jax.distill.objective import Objective
+from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.encoder.encoder import init_params
+from minilm_jax.errors import ConfigError
+from minilm_jax.jobs.distill_config import DistillConfig
+
+
+def load_teacher(config: DistillConfig) -> Model:
+    """Returns the teacher with the heads the objective needs, or a made-up one."""
+    wanted, heads = config.teacher, config.objective.teacher_heads()
+    if wanted.init == "random" and wanted.shape is not None:
+        params = _random_params(wanted.shape, heads)
+        return Model(config=wanted.shape, params=params, fingerprint="random")
+    teacher = read_model(wanted.source, sha256=wanted.sha256, heads=heads)
+    for head in heads:
+        if head not in teacher.params:
+            raise ConfigError(
+                f"teacher {wanted.source} has no {head} head, which this objective learns from"
+            )
+    if wanted.shape is not None:
+        for field in dataclasses.fields(EncoderConfig):
+            found, expected = (getattr(c, field.name) for c in (teacher.config, wanted.shape))
+            # Dropout and initialisation are no property of trained weights.
+            if found != expected and field.type in ("int", int):
+                raise ConfigError(
+                    f"teacher {wanted.source} has {field.name}={found}, teacher.shape says "
+                    f"{expected}"
+                )
+    return teacher
+
+
+def describe_teacher(config: DistillConfig) -> Model:
+    """Returns the teacher with shapes for parameters; its weights are read only without a shape."""
+    shape = config.teacher.shape
+    if shape is None:
+        teacher = load_teacher(config)
+        return dataclasses.replace(teacher, params=jax.eval_shape(lambda: teacher.params))
+    heads = config.objective.teacher_heads()
+    return Model(config=shape, params=jax.eval_shape(lambda: _random_params(shape, heads)))
+
+
+def needed_params(teacher: Model, objective: Objective) -> dict[str, Any]:
+    """Returns the teacher's parameters without the layers above the last one compared."""
+    layers = objective.teacher_layers(teacher.config)
+    unused = {f"layer_{index}" for index in range(layers, teacher.config.num_hidden_layers)}
+    encoder = {name: x for name, x in teacher.params["encoder"].items() if name not in unused}
+    heads = {name: teacher.params[name] for name in objective.teacher_heads()}
+    return {"encoder": encoder, **heads}
+
+
+def _random_params(shape: EncoderConfig, heads: Collection[str]) -> dict[str, Any]:
+    key = jax.random.key(0)
+    return {
+        "encoder": init_params(key, shape),
+        **{head: dict(init_mlm(key, shape)) for head in heads},
+    }
+
+
+def open_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer | None:
+    """Returns the teacher's tokenizer; None where a made-up teacher's is yet to be learnt."""
+    if teacher.tokenizer_folder is not None:
+        return load_tokenizer(teacher.tokenizer_folder, vocab_size=teacher.config.vocab_size)
+    if config.teacher.init == "random" and config.text.source is not None:
+        return None
+    raise ConfigError(f"teacher {config.teacher.source} has no tokenizer files")
+
+
+def learn_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer:
+    """Returns a vocabulary of the run's own text, for a teacher that is made up."""
+    folder, size = config.output / "tokenizer", teacher.config.vocab_size
+    if not folder.exists():
+        multilingual = teacher.config.model_type == "xlm-roberta"
+        learn = train_sentencepiece if multilingual else train_wordpiece
+        assert config.text.source is not None
+        learn(
+            itertools.islice(read_documents(config.text.source), 1000),
+            output=folder,
+            vocab_size=size,
+        )
+    return load_tokenizer(folder, vocab_size=size)

@@ -1,0 +1,84 @@
+"""The text of a distillation run: tokenised, opened, in batches, masked."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from minilm_jax.data.batches import Batches
+from minilm_jax.data.corpus import MANIFEST, Corpus
+from minilm_jax.data.masking import Masking
+from minilm_jax.data.prepare import prepare
+from minilm_jax.data.sources import read_documents
+from minilm_jax.data.tokenizers import Tokenizer
+from minilm_jax.errors import ConfigError, DataError
+from minilm_jax.jobs.distill_config import DistillConfig
+
+CORPUS = "corpus"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The batches of a run's corpora."""
+
+    train: Batches
+    heldout: Batches
+    lines: tuple[str, ...]
+    """What is in them."""
+
+
+def check_source(config: DistillConfig) -> None:
+    """Raises ConfigError where the run's raw text, if it is still needed, holds nothing."""
+    source, tokenised = config.text.source, config.output / CORPUS / MANIFEST
+    if source is None or tokenised.is_file():
+        return
+    if next(read_documents(source), None) is None:
+        raise ConfigError("text.source holds no document")
+
+
+def tokenise(config: DistillConfig, tokenizer: Tokenizer) -> Path:
+    """Returns the folder of the run's own corpus, which is made where that is not done.
+
+    Once it is, the run needs its text no more, whatever becomes of it.
+    """
+    assert config.text.source is not None
+    prepare(
+        config.text.source,
+        tokenizer=tokenizer.files[0].parent,
+        output=config.output / CORPUS,
+        holdout_fraction=config.text.heldout,
+        finished_is_enough=True,
+    )
+    return config.output / CORPUS
+
+
+def open_splits(config: DistillConfig, folders: Sequence[Path], tokenizer: Tokenizer) -> Splits:
+    """Returns the batches of prepared corpora, known to be of this tokenizer and to have both."""
+    made, lines = {}, []
+    for split in ("train", "heldout"):
+        corpora = [Corpus.open(folder, split=split) for folder in folders]
+        for corpus in corpora:
+            if split == "heldout" and not len(corpus):
+                raise DataError(
+                    f"{corpus.folder}: holds out no document to measure the loss on; make it "
+                    "again, in a new folder, with a larger share: --heldout of minilm-jax prepare, "
+                    "--text.heldout of raw text"
+                )
+        made[split] = Batches(corpora, config.batch, seed=config.train.seed, tokenizer=tokenizer)
+        lines.append(
+            f"{split:<8} {sum(map(len, corpora)):,} documents, "
+            f"{sum(corpus.num_tokens for corpus in corpora):,} tokens"
+        )
+    return Splits(**made, lines=tuple(lines))
+
+
+def make_masking(
+    config: DistillConfig, tokenizer: Tokenizer
+) -> Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]:
+    """Returns (batch, step) -> the batch as the objective wants it: masked, or as it is."""
+    wanted = config.objective.masking()
+    if wanted is None:
+        return lambda batch, step: batch
+    masking = Masking(wanted, seed=config.train.seed, tokenizer=tokenizer)
+    return lambda batch, step: masking(batch, step=step)
