@@ -17,13 +17,17 @@ from minilm_jax.rows import (
 Arrays = TypeVar("Arrays")
 
 
-def on_one_cpu(x: Array) -> bool:
-    """Returns whether the array being traced is one device's, and a CPU's.
+def on_cpu(x: Array) -> bool:
+    """Returns whether the array being traced is a CPU's, or several CPUs'.
 
     Not where its shape has symbols: then the program is exported, to run elsewhere.
     """
-    cpu = (mesh_platform() or jax.default_backend()) == "cpu"
-    return cpu and of_one_device() and fixed_shape(x)
+    return (mesh_platform() or jax.default_backend()) == "cpu" and fixed_shape(x)
+
+
+def on_one_cpu(x: Array) -> bool:
+    """Returns whether the array being traced is one device's, and a CPU's."""
+    return on_cpu(x) and of_one_device()
 
 
 def not_before(cotangent: Float[Array, "..."], arrays: Arrays) -> Arrays:
