@@ -34,7 +34,7 @@ def make_step(
     """Returns step(state, frozen, batch, axis=None) -> (state, metrics).
 
     The gradient is that of `sum over terms of (global total / global count)`. Counts do not depend
-    on the parameters, so they are summed over devices and micro-batches first and each device
+    on the parameters, so they are computed for the whole batch first and each device
     differentiates its own totals divided by them; the sum of the gradients is then exact for any
     split of the batch.
 
@@ -68,14 +68,10 @@ def make_step(
 
             grads, loss = jax.grad(whole, has_aux=True)(state.params)
         else:
+            # Only the counts are used, so the forward pass is dead code to XLA. In a loop of their
+            # own, CPUs of one process could wait there for each other while others wait elsewhere.
+            counts = over_devices(counts_of(loss_function(state.params, frozen, batch, key)))
             parts = jax.tree.map(lambda x: split(x, accumulate), batch)
-
-            def count(part: Batch) -> dict[str, Array]:
-                # Only the counts leave this function, so the forward pass is dead code to XLA.
-                return counts_of(loss_function(state.params, frozen, part, key))
-
-            counts = jax.tree.map(lambda x: x.sum(0), jax.lax.map(count, parts))
-            counts = over_devices(counts)
 
             def add(carry: Any, part: Batch) -> tuple[Any, None]:
                 found = jax.grad(scaled, has_aux=True)(state.params, part, counts)

@@ -59,6 +59,21 @@ def test_any_split_equals_one_device(problem, lift, count, fsdp, accumulate):
     assert metrics["counts"]["rows"] == ROWS
 
 
+@pytest.mark.parametrize("lift", ["pmap", "mesh"])
+def test_micro_batches_take_one_loop(problem, lift):
+    """With another one for the counts, CPUs of one process could wait for each other in both."""
+    params, frozen, batches = problem
+    devices = Devices(lift, devices=jax.devices()[:2])
+    state = devices.place(create_state(params, SGD))
+    given = (state, devices.place(frozen), devices.place_batch(batches[0]))
+
+    def loops(accumulate):
+        step = devices.lift_step(make_step(ragged_loss, SGD, seed=3, accumulate=accumulate))
+        return step.lower(*given).compile().as_text().count(" while(")
+
+    assert loops(2) == loops(1) + 1
+
+
 def test_one_step_is_the_hand_computed_one(problem):
     """The update itself, by numpy: dropout off, plain SGD."""
     params, frozen, batches = problem
