@@ -216,7 +216,8 @@ def test_a_mesh_divides_activations_by_rows(monkeypatch):
     wide = dataclasses.replace(TEACHER, hidden_size=64, num_hidden_layers=3, intermediate_size=256)
     objective = minilmv2(heads=8, teacher_layer=3, student_layer=3)
     optimizer = optax.sgd(0.1)
-    step = make_step(objective.make_loss(wide, wide, Compute()), optimizer, seed=0)
+    plain = Compute(attention="plain")  # each device meets kernels with its rows in any case
+    step = make_step(objective.make_loss(wide, wide, plain), optimizer, seed=0)
     params = {"encoder": jax.eval_shape(lambda: init_params(jax.random.key(0), wide))}
     state = jax.eval_shape(lambda params: create_state(params, optimizer), params)
     batch = rows_of([[d] for d in documents(64)], length=32)
@@ -226,7 +227,8 @@ def test_a_mesh_divides_activations_by_rows(monkeypatch):
         lowered = devices.lift_step(step).lower(*arguments, devices.abstract_batch(batch))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(Devices("mesh", fsdp=2)) < 1.1 * temporary(Devices())
+    gathered = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    assert temporary(Devices("mesh", fsdp=2)) < temporary(Devices()) + gathered
 
 
 def test_remat_changes_memory_not_numbers(params):
