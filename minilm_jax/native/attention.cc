@@ -36,7 +36,7 @@ struct Problem {
 
   int64_t panels() const { return RoundUp(length, kPanel) / kPanel; }
   int64_t features() const { return RoundUp(width, kRows); }
-  int64_t columns() const { return RoundUp(width, kLanes); }
+  int64_t columns() const { return RoundUp(width, kLanes / 2); }
 };
 
 // One head of one row of the batch.
@@ -113,16 +113,15 @@ void ForwardHead(const Place& place, const Array& query, const Array& key, const
           for (int64_t v = 0; v < kPanel; v += kLanes)
             function(logits + (p * rows + i) * kPanel + v, p * kPanel + v);
       };
+      const auto seen = [&](const float* x, int64_t at) {
+        return segments.Seen(token, at) ? Load(x) : Fill(-kInfinity);
+      };
       Floats peaks = Fill(-kInfinity);
-      each([&](float* x, int64_t at) {
-        const Floats seen = segments.Seen(token, at) ? Load(x) : Fill(-kInfinity);
-        Store(x, seen);
-        peaks = Max(peaks, seen);
-      });
+      each([&](float* x, int64_t at) { peaks = Max(peaks, seen(x, at)); });
       const float peak = Peak(peaks);
       Floats totals{};
       each([&](float* x, int64_t at) {
-        Floats weight = Exp(Load(x) - peak);
+        Floats weight = Exp(seen(x, at) - peak);
         totals += weight;
         if (problem.dropped_below) weight = kept(token, at) ? weight : Floats{};
         Store(x, weight);

@@ -45,7 +45,7 @@ void OneHead(const Problem& problem, const Arrays& arrays, int64_t row, int64_t 
   const float* weights = arrays.weights + row * length;
   const int64_t teacher_features = RoundUp(problem.teacher_width, kRows);
   const int64_t features = RoundUp(problem.student_width, kRows);
-  const int64_t columns = RoundUp(problem.student_width, kLanes);
+  const int64_t columns = RoundUp(problem.student_width, kLanes / 2);
   const float teacher_scale = 1 / std::sqrt(static_cast<float>(problem.teacher_width));
   const float scale = 1 / std::sqrt(static_cast<float>(problem.student_width));
   const int64_t filled = RoundUp(length, kPanel);
@@ -97,18 +97,17 @@ void OneHead(const Problem& problem, const Arrays& arrays, int64_t row, int64_t 
         each([](float*, float* y, int64_t) { Store(y, Floats{}); });
         continue;
       }
+      const auto seen = [&](const float* logits, int64_t at) {
+        return segments.Seen(token, at) ? Load(logits) : Fill(kMasked);
+      };
       Floats teacher_peaks = Fill(kMasked), peaks = Fill(kMasked);
       each([&](float* x, float* y, int64_t at) {
-        const Ints seen = segments.Seen(token, at);
-        const Floats teacher = seen ? Load(x) : Fill(kMasked);
-        const Floats student = seen ? Load(y) : Fill(kMasked);
-        Store(x, teacher), Store(y, student);
-        teacher_peaks = Max(teacher_peaks, teacher), peaks = Max(peaks, student);
+        teacher_peaks = Max(teacher_peaks, seen(x, at)), peaks = Max(peaks, seen(y, at));
       });
       const float teacher_peak = Peak(teacher_peaks), peak = Peak(peaks);
       Floats teacher_sums{}, sums{}, crosses{};
-      each([&](float* x, float* y, int64_t) {
-        const Floats teacher = Load(x) - teacher_peak, student = Load(y) - peak;
+      each([&](float* x, float* y, int64_t at) {
+        const Floats teacher = seen(x, at) - teacher_peak, student = seen(y, at) - peak;
         const Floats teacher_exp = Exp(teacher), student_exp = Exp(student);
         teacher_sums += teacher_exp, sums += student_exp;
         crosses += teacher_exp * (teacher - student);

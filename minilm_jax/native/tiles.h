@@ -37,6 +37,7 @@ inline constexpr int64_t kPanel = kLanes * kVectors;  // keys
 inline constexpr int64_t kRows = 4;                   // of one tile
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef float HalfFloats __attribute__((vector_size(2 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
@@ -89,26 +90,23 @@ inline float Sum(Floats x) {
 
 inline float Peak(Floats x) { return Fold(x, Max); }
 
-// exp(x) for x <= 0, to two units in the last place; 0 below the smallest normal number, and NaN
+// exp(x) for x <= 0, within a unit in the last place; 0 below the smallest normal number, and NaN
 // of NaN.
-inline Floats Exp(Floats of) {
-  const Floats lowest = Fill(-87.33f);
-  const Floats x = Max(of, lowest);
-  const Floats shift = Fill(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded
+inline Floats Exp(Floats x) {
+  // What is added to 1.5 * 2^23 is rounded; with the bias of the exponent it is a power's bits.
+  const Floats shift = Fill(12582912.0f + 127.0f);
   const Floats shifted = x * 1.44269504f + shift;
   const Floats whole = shifted - shift;
-  Floats rest = x - whole * 0.693145752f;  // ln 2 in two parts
-  rest = rest - whole * 1.42860677e-6f;
-  Floats y = Fill(1.98756915e-4f);  // Cephes' expf
-  y = y * rest + 1.39819995e-3f;
-  y = y * rest + 8.33345190e-3f;
-  y = y * rest + 4.16657959e-2f;
-  y = y * rest + 1.66666655e-1f;
-  y = y * rest + 5.00000012e-1f;
-  y = y * (rest * rest) + rest + 1.0f;
-  const Ints bits = (Load<Ints>(&shifted) << 23) + Load<Ints>(&y);
-  const Floats exponential = Load(&bits);
-  return of >= lowest ? exponential : of < lowest ? Floats{} : of;
+  const Floats rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;  // ln 2 in two parts
+  Floats y = Fill(1.38144672e-3f);  // minimax on [-ln 2 / 2, ln 2 / 2]: 3.1e-9
+  y = y * rest + 8.36878084e-3f;
+  y = y * rest + 4.16683927e-2f;
+  y = y * rest + 1.66665196e-1f;
+  y = y * rest + 4.9999994e-1f;
+  y = y * rest + 1.0f;
+  y = y * rest + 1.0f;
+  const Ints power = Load<Ints>(&shifted) << 23;
+  return x < Fill(-87.33f) ? Floats{} : y * Load(&power);
 }
 
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -285,60 +283,66 @@ inline int64_t BlockOfRows(int64_t length, int64_t arrays) {
   return std::clamp<int64_t>(rows / kRows * kRows, 16, 64);
 }
 
-// to[i, :] (+)= sum over n < count of a[i * a_row + n * a_next] * b[n * b_next, :]: kRows rows of
-// V vectors, `to` with `to_row` from row to row.
-template <int64_t V>
+// to[i, :] (+)= sum over n < count of a[i * a_row + n * a_next] * b[n * b_next, :]: R rows of V
+// vectors, `to` with `to_row` from row to row.
+template <int64_t R, int64_t V, typename Vector = Floats>
 inline void Tile(const float* a, int64_t a_row, int64_t a_next, const float* b, int64_t b_next,
                  int64_t count, bool add, float* to, int64_t to_row) {
-  Floats sums[kRows][V];
-  for (int64_t i = 0; i < kRows; ++i)
+  constexpr int64_t lanes = sizeof(Vector) / sizeof(float);
+  Vector sums[R][V];
+  for (int64_t i = 0; i < R; ++i)
     for (int64_t v = 0; v < V; ++v)
-      sums[i][v] = add ? Load(to + i * to_row + v * kLanes) : Floats{};
+      sums[i][v] = add ? Load<Vector>(to + i * to_row + v * lanes) : Vector{};
   for (int64_t n = 0; n < count; ++n) {
-    Floats row[V];
-    for (int64_t v = 0; v < V; ++v) row[v] = Load(b + n * b_next + v * kLanes);
-    for (int64_t i = 0; i < kRows; ++i) {
+    Vector row[V];
+    for (int64_t v = 0; v < V; ++v) row[v] = Load<Vector>(b + n * b_next + v * lanes);
+    for (int64_t i = 0; i < R; ++i) {
       const float x = a[i * a_row + n * a_next];
       for (int64_t v = 0; v < V; ++v) sums[i][v] += x * row[v];
     }
   }
-  for (int64_t i = 0; i < kRows; ++i)
-    for (int64_t v = 0; v < V; ++v) Store(to + i * to_row + v * kLanes, sums[i][v]);
+  for (int64_t i = 0; i < R; ++i)
+    for (int64_t v = 0; v < V; ++v) Store(to + i * to_row + v * lanes, sums[i][v]);
 }
 
 // logits [rows, kPanel] of one panel = a [rows, features] . panel [features, kPanel].
 inline void Logits(const float* a, const float* panel, int64_t rows, int64_t features,
                    float* logits) {
   for (int64_t i = 0; i < rows; i += kRows)
-    Tile<kVectors>(a + i * features, features, 1, panel, kPanel, features, false,
-                   logits + i * kPanel, kPanel);
+    Tile<kRows, kVectors>(a + i * features, features, 1, panel, kPanel, features, false,
+                          logits + i * kPanel, kPanel);
 }
 
 // of_panel [features, kPanel] += a [rows, features]^T . slopes [rows, kPanel].
 inline void AddToPanel(const float* a, const float* slopes, int64_t rows, int64_t features,
                        float* of_panel) {
   for (int64_t d = 0; d < features; d += kRows)
-    Tile<kVectors>(a + d, 1, features, slopes, kPanel, rows, true, of_panel + d * kPanel, kPanel);
+    Tile<kRows, kVectors>(a + d, 1, features, slopes, kPanel, rows, true, of_panel + d * kPanel,
+                          kPanel);
 }
 
-// to [rows, columns] += weights [rows, kPanel] . b [kPanel, columns], of one panel.
+// to [rows, columns] += weights [rows, kPanel] . b [kPanel, columns], of one panel; columns
+// are a multiple of half a vector.
 inline void AddToRows(const float* weights, const float* b, int64_t rows, int64_t columns,
                       float* to) {
-  const auto tile = [&](auto vectors, int64_t i, int64_t d) {
-    Tile<vectors>(weights + i * kPanel, kPanel, 1, b + d, columns, kPanel, true,
-                  to + i * columns + d, columns);
-    return d + vectors * kLanes;
+  int64_t d = 0;
+  const auto tile = [&](auto rows, auto vectors, auto vector, int64_t i) {
+    Tile<rows, vectors, decltype(vector)>(weights + i * kPanel, kPanel, 1, b + d, columns, kPanel,
+                                          true, to + i * columns + d, columns);
   };
-  for (int64_t i = 0; i < rows; i += kRows)
-    for (int64_t d = 0; d < columns;) {
-      const int64_t left = (columns - d) / kLanes;
-      if (left >= 4)
-        d = tile(std::integral_constant<int64_t, 4>(), i, d);
-      else if (left >= 2)
-        d = tile(std::integral_constant<int64_t, 2>(), i, d);
-      else
-        d = tile(std::integral_constant<int64_t, 1>(), i, d);
-    }
+  // Eight sums at least, or a core waits for each.
+  const auto tiles = [&](auto vectors, auto vector) {
+    constexpr int64_t few = vectors == 1 ? 2 * kRows : kRows;
+    int64_t i = 0;
+    for (; i + few <= rows; i += few)
+      tile(std::integral_constant<int64_t, few>(), vectors, vector, i);
+    for (; i < rows; i += kRows) tile(std::integral_constant<int64_t, kRows>(), vectors, vector, i);
+    d += vectors * sizeof vector / sizeof(float);
+  };
+  while (d + 4 * kLanes <= columns) tiles(std::integral_constant<int64_t, 4>(), Floats());
+  if (d + 2 * kLanes <= columns) tiles(std::integral_constant<int64_t, 2>(), Floats());
+  if (d + kLanes <= columns) tiles(std::integral_constant<int64_t, 1>(), Floats());
+  if (d < columns) tiles(std::integral_constant<int64_t, 1>(), HalfFloats());
 }
 
 // Runs work(0) ... work(count - 1) on the threads of the pool; returns when all is done.
