@@ -189,11 +189,6 @@ class Batches:
         factor = self.config.batch_size if self._bucketed else 1
         return sum(stream.units for stream in self._streams) * factor
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every document has been read at least once (without a mixture)."""
-        return -(-self.rows_per_epoch // self.config.batch_size)
-
     def epoch(self, step: int) -> int:
         """Returns how often all text was read when a step begins; nominal under a mixture."""
         return step * self.config.batch_size // self.rows_per_epoch

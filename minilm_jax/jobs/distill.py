@@ -21,7 +21,6 @@ from minilm_jax.jobs import running
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, DistillResult, check_settings
 from minilm_jax.jobs.distill_step import initial_params, make_loss, make_run_optimizer, model_flops
 from minilm_jax.jobs.running import (
-    STUDENT,
     describe,
     describe_devices,
     join_hosts,
@@ -41,7 +40,7 @@ from minilm_jax.train.hosts import fail_together, writes
 from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import evaluated_params, make_schedule
-from minilm_jax.train.run_folder import METRICS, RESULT, check_run, read_json, settle
+from minilm_jax.train.run_folder import METRICS, RESULT, STUDENT, check_run, read_json, settle
 from minilm_jax.train.step import make_evaluation
 
 PLOT = "loss.png"

@@ -11,17 +11,12 @@ import numpy as np
 from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer
-from minilm_jax.jobs.evaluate import (
-    PREDICTIONS,
+from minilm_jax.jobs.evaluator import (
     Evaluator,
     PartData,
-    check_length,
     describe_scores,
     digest,
-    load,
     report_skips,
-    result_rows,
-    write_results,
 )
 from minilm_jax.jobs.finetune_config import (
     FinetuneConfig,
@@ -30,8 +25,8 @@ from minilm_jax.jobs.finetune_config import (
     selection_parts,
 )
 from minilm_jax.jobs.finetune_model import class_names, make_loss, start_model
+from minilm_jax.jobs.results import PREDICTIONS, result_rows, write_results
 from minilm_jax.jobs.running import (
-    BEST,
     Say,
     describe,
     describe_devices,
@@ -44,6 +39,7 @@ from minilm_jax.jobs.running import (
     write_result,
 )
 from minilm_jax.jobs.sweep import sweep
+from minilm_jax.jobs.trained_model import check_length, load
 from minilm_jax.signals import stoppable
 from minilm_jax.tasks.batches import TaskBatches
 from minilm_jax.tasks.catalog import TASKS, Part, Task, read_part
@@ -53,7 +49,7 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.hosts import wait_for_all, writes
 from minilm_jax.train.loop import Evaluation, TrainConfig
 from minilm_jax.train.optimizer import evaluated_params, make_optimizer, make_schedule
-from minilm_jax.train.run_folder import RESULT, read_json, write_json
+from minilm_jax.train.run_folder import BEST, RESULT, read_json, write_json
 from minilm_jax.train.state import TrainState
 
 EVALUATIONS = "evaluations.json"

@@ -9,8 +9,8 @@ import numpy as np
 
 from minilm_jax.convert.model import Model
 from minilm_jax.encoder.encoder import init_params
-from minilm_jax.jobs.evaluate import named_labels
 from minilm_jax.jobs.finetune_config import FinetuneConfig
+from minilm_jax.jobs.trained_model import named_labels
 from minilm_jax.tasks.catalog import Kind, Task
 from minilm_jax.tasks.losses import TaskModel, init_head
 from minilm_jax.tasks.own import label_names

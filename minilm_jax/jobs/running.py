@@ -18,14 +18,19 @@ from minilm_jax.train.hosts import check_shared, fail_together, join, wait_for_a
 from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import PROFILE, Profile
-from minilm_jax.train.run_folder import METRICS, RESULT, open_run, versions, write_json
+from minilm_jax.train.run_folder import (
+    METRICS,
+    RESULT,
+    jsonable,
+    open_run,
+    versions,
+    write_json,
+)
 from minilm_jax.train.state import Params, TrainState, create_state
 from minilm_jax.train.step import LossFunction, make_step
 from minilm_jax.train.trackers import check_trackers, open_trackers
 
 Say = Callable[[str], None]
-BEST, STUDENT = "best", "student"
-"""The model in a run's folder: of fine-tuning, and of distillation."""
 
 
 def join_hosts(config: EngineConfig, say: Say) -> Say:
@@ -72,15 +77,6 @@ def describe(config: Any, **fingerprints: str | Mapping[str, str]) -> dict[str, 
     for name in ("hosts", "devices", "trackers", "profile"):
         plain["train"].pop(name)
     return {**plain, "fingerprints": fingerprints}
-
-
-def jsonable(value: Any) -> Any:
-    """Returns nested dicts and lists with paths as text."""
-    if isinstance(value, dict):
-        return {name: jsonable(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 @contextmanager

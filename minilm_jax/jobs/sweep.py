@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from minilm_jax.jobs.evaluate import RESULTS, write_results
 from minilm_jax.jobs.finetune_config import FinetuneConfig, FinetuneResult, SweepConfig
+from minilm_jax.jobs.results import RESULTS, write_results
 from minilm_jax.jobs.running import Say
 from minilm_jax.tasks.catalog import TASKS
 from minilm_jax.tasks.tables import ResultRow, mean_and_deviation, read_rows

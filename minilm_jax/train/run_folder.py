@@ -17,6 +17,8 @@ from minilm_jax.errors import ConfigError
 
 CONFIG, RESULT, LOCK, METRICS = "config.json", "result.json", ".lock", "metrics.jsonl"
 VERSIONS = "versions.json"
+BEST, STUDENT = "best", "student"
+"""The model: of fine-tuning, and of distillation."""
 LIBRARIES = ("minilm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 log = logging.getLogger(__name__)
 
@@ -148,6 +150,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
+
+
+def jsonable(value: Any) -> Any:
+    """Returns nested dicts and lists with paths as text."""
+    if isinstance(value, dict):
+        return {name: jsonable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def write_json(path: Path, value: Any) -> None:

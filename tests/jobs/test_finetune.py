@@ -18,7 +18,7 @@ from minilm_jax.convert.model import Model
 from minilm_jax.convert.sentence import Sentence
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.errors import ConfigError, DataError
-from minilm_jax.jobs import evaluate, finetune, finetune_model, running
+from minilm_jax.jobs import evaluate, evaluator, finetune, finetune_model, running, trained_model
 from minilm_jax.jobs.evaluate import EvaluateConfig
 from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig, SweepConfig
 from minilm_jax.jobs.sweep import sweep_runs
@@ -259,14 +259,14 @@ def test_selection_early_stopping_and_the_best_kept(official, bert, tmp_path, mo
     config = make("sst2", bert, official, tmp_path / "run", steps=12)
     schedule = dataclasses.replace(config.schedule, evaluate_every=2, patience=2, keep_models="all")
     figures = iter([50.0, 70.0, 60.0, 65.0, 99.0])
-    real = evaluate.Evaluator.score
+    real = evaluator.Evaluator.score
 
     def scored(self, params, data):
         result = real(self, params, data)
         return dataclasses.replace(result, scores={"accuracy": next(figures)})
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.Evaluator, "score", scored)
+        patch.setattr(evaluator.Evaluator, "score", scored)
         result = finetune.run(
             dataclasses.replace(config, schedule=schedule, report="none"), say=quiet
         )
@@ -401,7 +401,7 @@ def test_examples_become_rows_once_and_those_of_a_finished_run_never(
     official, bert, tmp_path, monkeypatch
 ):
     tokenized = []
-    for job in (evaluate, finetune):
+    for job in (evaluator, finetune):
         real = job.text_features
 
         def counted(examples, *rest, real=real, **options):
@@ -516,7 +516,7 @@ def test_any_number_of_devices_trains_the_same(official, bert, tmp_path, monkeyp
 
 
 def test_scores_depend_on_neither_devices_nor_layout(official, bert, two_devices):
-    model, tokenizer = evaluate.load(str(bert))
+    model, tokenizer = trained_model.load(str(bert))
     task = TASKS["mnli"]
     params = losses.init_head(
         jax.random.key(0), model.config, "classes", classes=3, params=model.params
@@ -527,7 +527,7 @@ def test_scores_depend_on_neither_devices_nor_layout(official, bert, two_devices
         (8, "pmap", "bucketed", 8),
         (2, "mesh", "bucketed", 4),
     ):
-        evaluator = evaluate.Evaluator(
+        scorer = evaluator.Evaluator(
             task,
             model,
             tokenizer,
@@ -538,8 +538,8 @@ def test_scores_depend_on_neither_devices_nor_layout(official, bert, two_devices
             batch=RowConfig(batch_size=size, layout=layout, bucket=8),
             compute=Compute(),
         )
-        data = evaluator.read(TaskData(folder=official), Part(split="dev"))
-        found.append(np.stack(evaluator.logits(params, data.features)))
+        data = scorer.read(TaskData(folder=official), Part(split="dev"))
+        found.append(np.stack(scorer.logits(params, data.features)))
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
 
@@ -715,7 +715,7 @@ def test_results_are_not_added_to_somebody_elses_file(official, bert, tmp_path):
 
 def test_what_a_head_starts_from(bert):
     """A pooler becomes BERT's first classifier layer; a head that fits goes on; no other does."""
-    model, _ = evaluate.load(str(bert))
+    model, _ = trained_model.load(str(bert))
     key = jax.random.key(0)
     encoder = model.params["encoder"]
 
@@ -762,7 +762,7 @@ def test_heads_drop_at_the_rates_of_transformers(family, settings, classes, span
 
 @pytest.mark.parametrize("kind", ["classes", "span"])
 def test_a_head_drops_in_training_alone(bert, kind):
-    model, _ = evaluate.load(str(bert))
+    model, _ = trained_model.load(str(bert))
     config = dataclasses.replace(
         model.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
@@ -789,7 +789,7 @@ def test_a_head_drops_in_training_alone(bert, kind):
 def test_outputs_of_other_classes_are_no_start(official, bert, tmp_path):
     """RTE's classes stand in WNLI's order reversed: the names decide what is kept."""
     finetune.run(make("rte", bert, official, tmp_path / "rte", report="none"), say=quiet)
-    source, _ = evaluate.load(str(tmp_path / "rte"))
+    source, _ = trained_model.load(str(tmp_path / "rte"))
     config = make("wnli", tmp_path / "rte", official, tmp_path / "wnli")
     labels = finetune_model.class_names(TASKS["wnli"], source, [])
     assert labels == ("entailment", "not_entailment")  # the checkpoint's order, not the task's

@@ -11,7 +11,7 @@ from official_files import CONTEXTS, write_glue, write_squad
 from tiny_models import write_tiny
 
 from minilm_jax.convert.folder import write_model
-from minilm_jax.jobs import evaluate, finetune
+from minilm_jax.jobs import evaluator, finetune, trained_model
 from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
 from minilm_jax.tasks.catalog import TASKS, TaskData
@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
 
 def with_head(folder, kind, target, classes=3):
     """The model with a random head, in memory and in transformers."""
-    model, tokenizer = evaluate.load(str(folder))
+    model, tokenizer = trained_model.load(str(folder))
     params = init_head(jax.random.key(7), model.config, kind, classes=classes, params=model.params)
     params = jax.tree.map(np.asarray, params)
     write_model(dataclasses.replace(model, params=params), target, tokenizer_files=tokenizer.files)
@@ -180,7 +180,7 @@ def test_steps_equal_pytorchs_adamw(folders, tmp_path, family, kind):
     theirs.save_pretrained(tmp_path / "theirs")
     for file in tokenizer.files:
         (tmp_path / "theirs" / file.name).write_bytes(file.read_bytes())
-    expected, _ = evaluate.load(str(tmp_path / "theirs"))
+    expected, _ = trained_model.load(str(tmp_path / "theirs"))
     moved = []
     flat = jax.tree_util.tree_flatten_with_path(jax.device_get(state.params))[0]
     start = dict(jax.tree_util.tree_flatten_with_path(params)[0])
@@ -204,16 +204,16 @@ def test_an_exported_classifier_answers_alike_in_a_pipeline(folders, tmp_path):
         schedule=ScheduleConfig(max_steps=4, evaluate_every=4),
     )
     finetune.run(config, say=lambda _: None)
-    model, tokenizer = evaluate.load(str(tmp_path / "run"))
+    model, tokenizer = trained_model.load(str(tmp_path / "run"))
     task = TASKS["rte"]
-    labels = evaluate.model_labels(task, model, ())
+    labels = trained_model.model_labels(task, model, ())
     pairs = [("The good film", "It is bad."), ("No.", "It is unfinished"), ("A cat", "A film")]
     features = text_features(
         [TextExample(id="0", text=a, text_pair=b) for a, b in pairs],
         tokenizer,
         config=config.lengths,
     )
-    evaluator = evaluate.Evaluator(
+    scorer = evaluator.Evaluator(
         task,
         model,
         tokenizer,
@@ -224,7 +224,7 @@ def test_an_exported_classifier_answers_alike_in_a_pipeline(folders, tmp_path):
         batch=config.batch,
         compute=config.compute,
     )
-    ours = evaluator.logits(model.params, features)
+    ours = scorer.logits(model.params, features)
     pipe = transformers.pipeline("text-classification", model=str(tmp_path / "run/best"))
     for (a, b), logits in zip(pairs, ours, strict=True):
         theirs = {x["label"]: x["score"] for x in pipe({"text": a, "text_pair": b}, top_k=None)}

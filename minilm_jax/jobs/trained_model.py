@@ -1,0 +1,86 @@
+"""A trained model as a task takes it: its weights, tokenizer and the names of its classes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from minilm_jax.convert.folder import read_model
+from minilm_jax.convert.model import Model
+from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from minilm_jax.errors import ConfigError
+from minilm_jax.tasks.catalog import Task
+from minilm_jax.tasks.features import LengthConfig
+from minilm_jax.train.run_folder import BEST, STUDENT
+
+
+def load(source: str) -> tuple[Model, Tokenizer]:
+    """Returns a model and its tokenizer.
+
+    Args:
+      source: a Hugging Face folder, a Hub id, or the folder of one of our runs, which stands for
+        its best model or its student.
+    """
+    for inner in (BEST, STUDENT):
+        if (Path(source) / inner / "config.json").is_file():
+            source = str(Path(source) / inner)
+    model = read_model(source)
+    if model.tokenizer_folder is None:
+        raise ConfigError(f"model {source} has no tokenizer files; copy them into its folder")
+    return model, load_tokenizer(model.tokenizer_folder, vocab_size=model.config.vocab_size)
+
+
+def check_length(lengths: LengthConfig, model: Model) -> None:
+    """Raises ConfigError where rows would be longer than the model's positions."""
+    if lengths.max_length > model.config.max_length:
+        raise ConfigError(
+            f"lengths.max_length={lengths.max_length} is longer than the model's "
+            f"{model.config.max_length} positions"
+        )
+
+
+def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the model's class names, spelled as the task does, in the order of its outputs.
+
+    Names decide, never integers: the same three classes stand in three orders in published
+    checkpoints.
+
+    Raises:
+      ConfigError: the model has no head for the task, or its names are not the task's.
+    """
+    head = "span" if task.kind == "span" else "sequence_classifier"
+    if head not in model.params:
+        raise ConfigError(
+            f"model {model.source} has no {head.replace('_', ' ')}; fine-tune it on {task.name}"
+        )
+    if task.kind != "classes":
+        return ()
+    outputs = int(np.shape(model.params[head]["output"]["bias"])[0])
+    named = given or named_labels(model)
+    if given and len(given) != outputs:
+        raise ConfigError(f"labels: {len(given)} names given for the model's {outputs} classes")
+    if not task.labels:
+        return named
+    known = {label.casefold(): label for label in task.labels}
+    matched = tuple(known.get(name.casefold(), "") for name in named)
+    if sorted(matched) != sorted(task.labels):
+        raise ConfigError(
+            f"model {model.source} calls its classes {', '.join(named) or 'nothing'}; {task.name} "
+            f"has {', '.join(task.labels)}: give labels in the order of the model's outputs"
+        )
+    return matched
+
+
+def named_labels(model: Model) -> tuple[str, ...]:
+    """Returns `id2label` of the model's config in order; empty where there is none.
+
+    Raises:
+      ConfigError: its keys are not 0, 1, 2, …
+    """
+    stored = model.hf_config.get("id2label") or {}
+    if not isinstance(stored, dict) or stored.keys() != {str(n) for n in range(len(stored))}:
+        raise ConfigError(
+            f"model {model.source}: id2label of its config.json is {json.dumps(stored):.80}; write "
+            'a name for each output there: {"0": "name", "1": "other name"}'
+        )
+    return tuple(str(stored[str(n)]) for n in range(len(stored)))
