@@ -37,7 +37,7 @@ def distillation_step(setting: Setting, *, style: Style, compiled: bool) -> Work
     else:
         loss = _vectorised_loss(teacher, student, inputs, setting)
     if compiled:
-        loss = torch.compile(loss)
+        loss = _compile(loss)
     check = loss().item()
     student.train()
     run = _training_step(student, loss, setting, fused=style == "vectorised")
@@ -54,7 +54,7 @@ def encoder_forward(setting: Setting, *, compiled: bool) -> Work:
         with _autocast(setting):
             return model(**inputs).last_hidden_state
 
-    run = torch.compile(forward) if compiled else forward
+    run = _compile(forward) if compiled else forward
     return Work(run, lambda: run().pow(4).mean().item())
 
 
@@ -67,7 +67,7 @@ def encoder_step(setting: Setting, *, compiled: bool) -> Work:
         with _autocast(setting):
             return model(**inputs).last_hidden_state.float().pow(4).mean()
 
-    loss = torch.compile(mean) if compiled else mean
+    loss = _compile(mean) if compiled else mean
     check = loss().item()
     model.train()
     return Work(_training_step(model, loss, setting, fused=True), lambda: check)
@@ -84,6 +84,12 @@ def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
         return model.encode(list(texts), batch_size=32, show_progress_bar=False)
 
     return Work(run, lambda: embedding_check(run()))
+
+
+def _compile(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Returns the function compiled here and now, not loaded from what another run compiled."""
+    torch.compiler.config.force_disable_caches = True
+    return torch.compile(function)
 
 
 def _configure(setting: Setting) -> None:
