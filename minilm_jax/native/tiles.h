@@ -90,8 +90,8 @@ inline float Sum(Floats x) {
 
 inline float Peak(Floats x) { return Fold(x, Max); }
 
-// exp(x) for x <= 0, within a unit in the last place; 0 below the smallest normal number, and NaN
-// of NaN.
+// exp(x) for x <= 0, within a unit in the last place (1.2 where a core has no fused multiply-add);
+// 0 below the smallest normal number, and NaN of NaN.
 inline Floats Exp(Floats x) {
   // What is added to 1.5 * 2^23 is rounded; with the bias of the exponent it is a power's bits.
   const Floats shift = Fill(12582912.0f + 127.0f);
