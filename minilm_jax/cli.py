@@ -160,6 +160,14 @@ def load_experiment(name: str) -> Any:
         variables = runpy.run_path(file)
     except UserError as error:
         raise ConfigError(f"experiment {file}: {error}") from None
+    except SyntaxError as error:
+        if error.filename not in (file, None):
+            raise  # of a module that it imports: the traceback names both
+        line = f", line {error.lineno}," if error.lineno else ""
+        raise ConfigError(
+            f"experiment {file}{line} is not Python ({error.msg}); an experiment is a Python file "
+            "that makes a config (experiments/), data and models go with options"
+        ) from None
     if variant not in variables:
         public = [key for key in variables if not key.startswith("_")]
         raise ConfigError(f"experiment {file} has no {variant!r}{_nearest(variant, public)}")

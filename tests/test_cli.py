@@ -62,6 +62,22 @@ def test_text_of_the_other_kind_takes_the_place_of_the_experiments():
     assert chain.assistant.text.corpora
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"text\tlabel\na good film\tpos\n", ", line 1, is not Python (invalid syntax"),
+        (b"config = (\n", ", line 1, is not Python ("),
+        (b"\0\0", " is not Python (source code string"),
+    ],
+    ids=["a table", "a bracket left open", "bytes"],
+)
+def test_what_is_no_experiment_is_said_to_be_none(content, said, tmp_path, capsys):
+    file = tmp_path / "train.tsv"
+    file.write_bytes(content)
+    assert cli.main(["finetune", str(file)]) == 2
+    assert f"experiment {file}{said}" in capsys.readouterr().err
+
+
 def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):
     experiment = tmp_path / "other.py"
     experiment.write_text("config = {'a': 1}\n")

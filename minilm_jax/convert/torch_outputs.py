@@ -35,15 +35,29 @@ def load_torch(folder: Path, *, architecture: str) -> Any:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    module, info = getattr(transformers, architecture).from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
-    # The base classes build a pooler whether or not the checkpoint has one.
-    missing = {k for k in info["missing_keys"] if "pooler" not in k}
-    rest = {key: value for key, value in info.items() if key != "missing_keys" and value}
-    if missing or rest:
-        raise CheckpointError(f"{folder}: transformers misses {sorted(missing)}, reports {rest}")
+    logging = transformers.utils.logging
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would print a table of what is found below
+    try:
+        module, info = getattr(transformers, architecture).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    finally:
+        logging.set_verbosity(before)
+    faults = []
+    for kind, found in info.items():
+        # The base classes build a pooler whether or not the checkpoint has one; a model that finds
+        # answers builds none, and old ones were saved with theirs.
+        names = sorted(str(name) for name in found if "pooler" not in str(name))
+        if names:
+            faults.append(f"{kind.replace('_', ' ')}: {', '.join(names)}")
+    if faults:
+        raise CheckpointError(
+            f"{architecture} of transformers does not fit the weights ({'; '.join(faults):.500}); "
+            "name the class that does as `architectures` in the source's config.json, or leave out "
+            "what it does not know (--heads)"
+        )
     return module.eval()
 
 

@@ -15,6 +15,9 @@ from minilm_jax.convert.model import Model, flatten
 from minilm_jax.errors import CheckpointError
 
 TOLERANCE = 1e-5
+OF_LARGEST = 3e-6
+"""The same of an output's largest value, where that is more: PyTorch's own fp32 is no nearer to its
+fp64 (logits of 8.1 are 1.5e-5 away)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +31,14 @@ class Comparison:
     """Largest absolute value of PyTorch's."""
 
     @property
+    def allowed(self) -> float:
+        """The largest difference that rounding explains."""
+        return max(TOLERANCE, OF_LARGEST * self.magnitude)
+
+    @property
     def agrees(self) -> bool:
-        """Whether the difference is within TOLERANCE; NaN is not."""
-        return self.difference <= TOLERANCE
+        """Whether the difference is within what is allowed; NaN is not."""
+        return self.difference <= self.allowed
 
 
 def has_torch() -> bool:
@@ -121,16 +129,17 @@ def refuse_disagreement(
     """Returns nothing after printing the table.
 
     Raises:
-      CheckpointError: an output differs by more than TOLERANCE.
+      CheckpointError: an output differs by more than is allowed.
     """
     rows = list(comparisons)
     report(f"{'output':<22} {'largest':>10} {'difference':>12}")
     for row in rows:
-        mark = "" if row.agrees else f"  > {TOLERANCE:g}"
+        mark = "" if row.agrees else f"  > {row.allowed:.2g}"
         report(f"{row.name:<22} {row.magnitude:>10.4g} {row.difference:>12.2e}{mark}")
     bad = [row for row in rows if not row.agrees]
     if bad or not rows:
         raise CheckpointError(
             f"verification failed: {', '.join(row.name for row in bad) or 'nothing was compared'} "
-            f"differs from PyTorch by more than {TOLERANCE:g}"
+            f"differs from PyTorch by more than rounding explains: {TOLERANCE:g}, or "
+            f"{OF_LARGEST:g} of its largest value"
         )

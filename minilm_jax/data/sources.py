@@ -75,7 +75,8 @@ class TextSource:
         if self.format == "machine-docs":
             if self.paths:
                 raise DataError(
-                    f"format machine-docs reads no file, but paths is {self.paths}: leave one out"
+                    f"format machine-docs reads no file, but paths is {self.paths}: leave "
+                    "them out, or choose format auto"
                 )
         elif not self.paths:
             raise DataError(

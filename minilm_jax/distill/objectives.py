@@ -63,8 +63,10 @@ class RelationObjective(Objective):
                 f"{student.num_attention_heads}: MiniLM v1 needs equal numbers; change "
                 "student.num_attention_heads, or set objective.heads (relation heads, MiniLMv2)"
             )
+        if self.heads is not None and self.heads < 1:
+            raise ConfigError(f"objective.heads must be at least 1, got {self.heads}")
         for role, config in (("teacher", teacher), ("student", student)):
-            if self.heads is not None and (self.heads < 1 or config.hidden_size % self.heads):
+            if self.heads is not None and config.hidden_size % self.heads:
                 raise ConfigError(
                     f"objective.heads={self.heads} relation heads do not divide the {role}'s "
                     f"hidden_size={config.hidden_size}"

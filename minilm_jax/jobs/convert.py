@@ -19,7 +19,7 @@ from minilm_jax.convert.model import Model, flatten
 from minilm_jax.convert.orbax_form import write_orbax
 from minilm_jax.convert.strict_json import read_json
 from minilm_jax.convert.verify import (
-    TOLERANCE,
+    Comparison,
     check_round_trip,
     compare_with_torch,
     has_torch,
@@ -191,10 +191,19 @@ def _verify_export(model: Model, report: Callable[[str], None], folder: Path) ->
     batch = random_batch(model)
     expected = outputs(model.config, model.params, **batch)
     found = load_export(folder)({name: batch[name] for name in input_names(model)})
-    worst = max(float(np.abs(found[n] - y).max()) for n, y in expected.items())
+    rows = [
+        Comparison(
+            name=name,
+            difference=float(np.abs(found[name] - y).max()),
+            magnitude=float(np.abs(y).max()),
+        )
+        for name, y in expected.items()
+    ]
+    worst = max(row.difference for row in rows)
     report(f"exported function against the model: largest difference {worst:.2e}")
-    if not worst <= TOLERANCE:
-        raise CheckpointError(f"the exported function differs by {worst:.2e} from the model")
+    bad = [f"{row.name} by {row.difference:.2e}" for row in rows if not row.agrees]
+    if bad:
+        raise CheckpointError(f"the exported function differs from the model: {', '.join(bad)}")
     with tempfile.TemporaryDirectory() as scratch:
         written = write_model(model, Path(scratch) / "torch", tokenizer_files=())
         _against_torch(model, written, report)

@@ -58,7 +58,7 @@ class TextConfig:
         if (self.source is None) == (not self.corpora):
             raise ConfigError(_ONE_TEXT)
         if not 0.0 < self.heldout < 1.0:
-            raise ConfigError(f"text.heldout must be between 0 and 1, got {self.heldout}")
+            raise ConfigError(f"text.heldout must be above 0 and below 1, got {self.heldout}")
         if self.evaluate_batches < 1:
             raise ConfigError(
                 f"text.evaluate_batches must be at least 1, got {self.evaluate_batches}"

@@ -155,15 +155,15 @@ def check_name(name: str, task: Task, model: Model, results: Path) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Makes the folder of an evaluation; ConfigError where nothing can be written into it."""
+    """Raises ConfigError where nothing can be written into a folder, or it cannot be made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(
+                f"output {folder}: {there} is a file, not a folder; choose another --output"
+            )
+        with tempfile.TemporaryFile(dir=there):
             pass
-    except FileExistsError:
-        raise ConfigError(
-            f"output {folder} is a file, not a folder; choose another --output"
-        ) from None
     except OSError as error:
         raise ConfigError(
             f"output {folder} cannot be written to ({error.strerror}); choose another --output"

@@ -1,5 +1,6 @@
 """The fine-tuning job: a distilled model and a task in; the best checkpoint and its scores out."""
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -127,6 +128,9 @@ def _run(config: FinetuneConfig, say: Say) -> FinetuneResult:
             f"{task.name}: {len(examples):,} examples, {len(batches.features):,} rows; model "
             f"{config.model}; {describe_devices(devices)}"
         )
+        if labels:
+            counts = collections.Counter(example.label for example in examples)
+            say("classes  " + ", ".join(f"{label} {counts[label]:,}" for label in labels))
         best = training.run()
         reported = [parts[part] for part in reporting]
         result = _report(config, task, tokenizer, evaluator, reported, best, say)

@@ -77,6 +77,12 @@ def open_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer | None:
         return load_tokenizer(teacher.tokenizer_folder, vocab_size=teacher.config.vocab_size)
     if config.teacher.init == "random" and config.text.source is not None:
         return None
+    if config.teacher.init == "random":
+        raise ConfigError(
+            "teacher.init=random learns its vocabulary from raw text, and text.corpora have none; "
+            "give --text.source.paths, or a real teacher: --teacher.init pretrained "
+            "--teacher.source PATH"
+        )
     raise ConfigError(f"teacher {config.teacher.source} has no tokenizer files")
 
 
@@ -91,5 +97,12 @@ def learn_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer:
             itertools.islice(read_documents(config.text.source), 1000),
             output=folder,
             vocab_size=size,
+        )
+    learnt = load_tokenizer(folder).vocab_size
+    if learnt < size // 2:
+        raise ConfigError(
+            f"text.source is too small to learn the teacher's {size:,} pieces from, it gives "
+            f"{learnt:,}; set --teacher.shape.vocab-size {learnt}, or give more text and another "
+            "--output"
         )
     return load_tokenizer(folder, vocab_size=size)

@@ -1,6 +1,7 @@
 """The text of a distillation run: tokenised, opened, in batches, masked."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Splits:
     train: Batches
     heldout: Batches
     lines: tuple[str, ...]
-    """What is in them."""
+    """What is in them, and what was left out when they were made."""
 
 
 def check_source(config: DistillConfig) -> None:
@@ -56,6 +57,7 @@ def tokenise(config: DistillConfig, tokenizer: Tokenizer) -> Path:
 def open_splits(config: DistillConfig, folders: Sequence[Path], tokenizer: Tokenizer) -> Splits:
     """Returns the batches of prepared corpora, known to be of this tokenizer and to have both."""
     made, lines = {}, []
+    skipped: Counter[str] = Counter()
     for split in ("train", "heldout"):
         corpora = [Corpus.open(folder, split=split) for folder in folders]
         for corpus in corpora:
@@ -70,6 +72,9 @@ def open_splits(config: DistillConfig, folders: Sequence[Path], tokenizer: Token
             f"{split:<8} {sum(map(len, corpora)):,} documents, "
             f"{sum(corpus.num_tokens for corpus in corpora):,} tokens"
         )
+    for corpus in corpora:  # of either split the same
+        skipped.update(corpus.manifest.skipped)
+    lines += [f"skipped  {count:,} {reason}" for reason, count in sorted(skipped.items())]
     return Splits(**made, lines=tuple(lines))
 
 

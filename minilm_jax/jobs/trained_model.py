@@ -46,7 +46,8 @@ def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str,
     checkpoints.
 
     Raises:
-      ConfigError: the model has no head for the task, or its names are not the task's.
+      ConfigError: the model has no head for the task, its names are not the task's, two are alike,
+        or those given are the model's own in another order.
     """
     head = "span" if task.kind == "span" else "sequence_classifier"
     if head not in model.params:
@@ -56,9 +57,21 @@ def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str,
     if task.kind != "classes":
         return ()
     outputs = int(np.shape(model.params[head]["output"]["bias"])[0])
-    named = given or named_labels(model)
+    stored = named_labels(model)
+    named = given or stored
     if given and len(given) != outputs:
         raise ConfigError(f"labels: {len(given)} names given for the model's {outputs} classes")
+    spelled, own = ([name.casefold() for name in names] for names in (named, stored))
+    if len(set(spelled)) < len(spelled):
+        raise ConfigError(
+            f"model {model.source}: two classes have one name in {', '.join(named)}; correct "
+            f"{'labels' if given else 'id2label of its config.json'}"
+        )
+    if spelled != own and sorted(spelled) == sorted(own):
+        raise ConfigError(
+            f"labels {', '.join(given)}: the config.json of model {model.source} has them in "
+            f"another order, {', '.join(stored)}; leave labels out, or correct its id2label"
+        )
     if not task.labels:
         return named
     known = {label.casefold(): label for label in task.labels}

@@ -148,7 +148,10 @@ def read_part(
     if data.tfds is not None:
         return _read_tfds(task, data.tfds, part, purpose=purpose, skips=skips)
     if data.folder is None:
-        raise ConfigError(f"task {task} needs data.folder or data.tfds; own files go with texts")
+        raise ConfigError(
+            f"task {task} needs data.folder or data.tfds; own files go with texts "
+            "(classes) and questions"
+        )
     match task:
         case "xnli":
             if part.split == "train":

@@ -119,7 +119,8 @@ def question_features(
             f"lengths.doc_stride={config.doc_stride} is longer than the window of {smallest} "
             f"tokens that lengths.max_length={config.max_length} leaves beside a question of "
             f"lengths.max_query_length={config.max_query_length}: text in between would never be "
-            "read; give a smaller --lengths.doc-stride or a larger --lengths.max-length"
+            "read; give a smaller --lengths.doc-stride or --lengths.max-query-length, or a larger "
+            "--lengths.max-length"
         )
     questions = tokenizer.encode([example.question for example in examples])
     found = []

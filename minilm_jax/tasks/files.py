@@ -26,6 +26,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     Lines end at a line feed and nowhere else: Unicode's other line separators do occur inside
     sentences of XNLI.
     """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give a file in it")
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         there = f"; beside it there is {', '.join(beside[:8])}" if beside else ""

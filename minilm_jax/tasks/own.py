@@ -1,5 +1,6 @@
 """A user's own data: classification as tsv or jsonl, questions as jsonl or SQuAD's JSON."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -37,11 +38,13 @@ def read_texts(
     found = []
     for number, origin, row in _spoken(_records(file, hidden=hidden), language, file):
         said = row.get("label")
-        if said is None or said == "":
+        if said is None or said == "" or said != said:  # NaN is pandas' missing value
             if not hidden:
                 raise DataError(f"{origin}: label is missing; a class name belongs there")
             label = None
         else:
+            if str(said) != str(said).strip():
+                raise DataError(f"{origin}: label {said!r} begins or ends with a space; remove it")
             allowed = {x: x for x in labels} if labels is not None else {str(said): str(said)}
             label = class_name(str(said), labels=allowed, column="label", origin=origin)
         pair = row.get("text_pair")
@@ -67,6 +70,9 @@ def label_names(examples: list[TextExample], *, name: str) -> tuple[str, ...]:
     labels = sorted({str(e.label) for e in examples})
     if len(labels) < 2:
         raise DataError(f"{name}: all labels are {labels[0]!r}; at least two classes belong there")
+    for one, other in itertools.combinations(labels, 2):
+        if one.casefold() == other.casefold():
+            raise DataError(f"{name}: labels {one!r} and {other!r} differ in case alone")
     return tuple(labels)
 
 
@@ -135,7 +141,10 @@ def _records(file: Path, *, hidden: bool) -> Iterator[tuple[str, dict[str, Any]]
             for row in read_tsv(file, needs=("text",) if hidden else ("text", "label")):
                 yield row.origin, dict(row.values)
         case _:
-            raise DataError(f"{file}: is neither .tsv (with a header line) nor .jsonl")
+            raise DataError(
+                f"{file}: is neither .tsv (with a header line, columns divided by tabs) nor .jsonl;"
+                " SQuAD's .json goes with task questions"
+            )
 
 
 def _spoken(

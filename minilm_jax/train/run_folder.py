@@ -131,9 +131,10 @@ def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...])
         if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in override)
     ]
     if changed:
+        accepted = f" ({', '.join(override)} does not name all)" if override else ""
         raise ConfigError(
             f"{path} was written by a run that differs from this one; choose another --output, "
-            "or accept a change with --override NAME:\n  " + "\n  ".join(changed)
+            f"or accept a change with --override NAME{accepted}:\n  " + "\n  ".join(changed)
         )
 
 

@@ -168,6 +168,29 @@ def test_a_run_stopped_by_a_signal_continues_to_the_same_student(config, tmp_pat
         assert (tmp_path / "stopped" / name).read_bytes() == expected, name
 
 
+def test_text_that_is_left_out_is_counted(config, text_file, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/cut.jsonl").write_text('{"text": "whole"}\n{"text": "cut\n')
+    paths = (*config.text.source.paths, str(tmp_path / "more/cut.jsonl"))
+    text = dataclasses.replace(config.text, source=TextSource(paths=paths))
+    train = TrainConfig(steps=4, log_every=4, save_every=4, devices=1)
+    _, said = run(dataclasses.replace(config, text=text, train=train))
+    assert "skipped  1 broken json" in said
+
+
+def test_a_made_up_teacher_needs_text_and_enough_of_it(config, tmp_path):
+    """It learns its vocabulary."""
+    shape = read_model(config.teacher.source).config
+    teacher = TeacherConfig(source="random", init="random", shape=shape)
+    corpora = TextConfig(corpora=(tmp_path,))
+    with pytest.raises(UserError, match=r"init=random learns its vocabulary .* --text\.source"):
+        run(dataclasses.replace(config, teacher=teacher, text=corpora))
+    assert not config.output.exists()
+    large = dataclasses.replace(teacher, shape=dataclasses.replace(shape, vocab_size=20_000))
+    with pytest.raises(UserError, match=r"too small to learn .* 20,000 .* --teacher.shape.vocab-s"):
+        run(dataclasses.replace(config, teacher=large))
+
+
 def test_a_signal_while_the_teacher_is_read_is_a_stop_too(config, monkeypatch):
     monkeypatch.setattr(distill, "_prepare", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match=r"^stopped by SIGTERM; run the same command to continue$"):

@@ -338,6 +338,8 @@ def test_own_texts_as_tsv_and_jsonl(tmp_path):
         ('{"label": "x"}', r"a.jsonl:1: no text 'text'; there is label"),
         ("text", r"a.jsonl:1: is not JSON"),
         ("[]", r"a.jsonl:1: is a list"),
+        ('{"text": "x", "label": NaN}', r"a.jsonl:1: label is missing"),
+        ('{"text": "x", "label": "pos "}', r"a.jsonl:1: label 'pos ' begins or ends with a space"),
         (r'{"text": "so \ud83d!", "label": "x"}', r"a.jsonl:1: half of .* in .*so \\ud83d!"),
     ],
 )
@@ -358,6 +360,12 @@ def test_own_files_to_predict_need_no_label(tmp_path):
     same = write_tsv(tmp_path / "b.tsv", ("text", "label"), ("win", "x"), ("hi", "x"))
     with pytest.raises(DataError, match="at least two classes"):
         label_names(read_texts(same), name="b")
+    case = write_tsv(tmp_path / "c.tsv", ("text", "label"), ("win", "Pos"), ("hi", "pos"))
+    with pytest.raises(DataError, match="labels 'Pos' and 'pos' differ in case alone"):
+        label_names(read_texts(case), name="c")
+    with pytest.raises(DataError, match=r"is a folder"):
+        (tmp_path / "d.tsv").mkdir()
+        read_texts(tmp_path / "d.tsv")
 
 
 def test_own_questions(tmp_path, skips):

@@ -61,6 +61,16 @@ def test_settings_of_a_run_that_took_no_step_can_be_mended(tmp_path):
     assert json.loads((tmp_path / CONFIG).read_text())["steps"] == 20
 
 
+def test_an_override_that_names_something_else_is_said(tmp_path):
+    with open_run(tmp_path, CONFIG_A):
+        (tmp_path / METRICS).touch()
+    with (
+        pytest.raises(ConfigError, match=r"--override NAME \(stpes does not name all\):\n  steps"),
+        open_run(tmp_path, {**CONFIG_A, "steps": 20}, override=("stpes",)),
+    ):
+        pass
+
+
 def test_what_a_finished_run_was_can_not_be_overridden(tmp_path):
     with open_run(tmp_path, CONFIG_A):
         (tmp_path / METRICS).touch()
