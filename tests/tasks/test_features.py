@@ -117,7 +117,9 @@ def test_windows_hold_the_answer_or_point_at_cls(tokenizer):
 
 def test_a_stride_that_leaves_gaps_is_refused(tokenizer):
     config = LengthConfig(max_length=40, max_query_length=20, doc_stride=30)
-    message = "text in between would never be read; give a smaller --lengths.doc-stride or --lengths"
+    message = (
+        "text in between would never be read; give a smaller --lengths.doc-stride or --lengths"
+    )
     with pytest.raises(ConfigError, match=message):
         question_features(
             [question("a b", "a")], tokenizer, config=config, purpose="train", skips=Skips()
