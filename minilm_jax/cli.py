@@ -10,6 +10,7 @@ import re
 import runpy
 import signal
 import sys
+import traceback
 from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
@@ -160,19 +161,28 @@ def load_experiment(name: str) -> Any:
         variables = runpy.run_path(file)
     except UserError as error:
         raise ConfigError(f"experiment {file}: {error}") from None
-    except SyntaxError as error:
-        if error.filename not in (file, None):
-            raise  # of a module that it imports: the traceback names both
-        line = f", line {error.lineno}," if error.lineno else ""
-        raise ConfigError(
-            f"experiment {file}{line} is not Python ({error.msg}); an experiment is a Python file "
-            "that makes a config (experiments/), data and models go with options"
-        ) from None
+    except Exception as error:
+        raise ConfigError(f"experiment {file}{_why_not_run(error, file)}") from None
     if variant not in variables:
         public = [key for key in variables if not key.startswith("_")]
         raise ConfigError(f"experiment {file} has no {variant!r}{_nearest(variant, public)}")
     check_types(variables[variant], file=file)
     return variables[variant]
+
+
+def _why_not_run(error: Exception, file: str) -> str:
+    """Returns where and why running an experiment failed; how to see more, where it is Python."""
+    if isinstance(error, SyntaxError) and error.filename in (file, None):
+        line = f", line {error.lineno}," if error.lineno else ""
+        return (
+            f"{line} is not Python ({error.msg}); an experiment is a Python file "
+            "that makes a config (experiments/), data and models go with options"
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    line = f", line {lines[-1]}" if lines else ""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{line}: {said} (`python {file}` shows the traceback)"
 
 
 def check_types(config: Any, *, file: str, prefix: str = "") -> None:

@@ -78,6 +78,33 @@ def test_what_is_no_experiment_is_said_to_be_none(content, said, tmp_path, capsy
     assert f"experiment {file}{said}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            "from minilm_jax.train.loop import TrainConfig\n\nconfig = TrainConfig(stepz=3)\n",
+            r", line 3: TypeError: .*'stepz'",
+        ),
+        ("import not_there\n", ", line 1: ModuleNotFoundError: No module named 'not_there'"),
+        ("def f():\n    return 1 / 0\n\nconfig = f()\n", ", line 2: ZeroDivisionError: division"),
+        ("import helper_of_mine\n", r", line 1: SyntaxError: invalid syntax \(helper_of_mine.py"),
+    ],
+    ids=["a field that is none", "a module that is none", "in its function", "what it imports"],
+)
+def test_an_experiment_that_fails_is_one_sentence_with_its_line(
+    lines, said, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "helper_of_mine.py").write_text("config = = 3\n")
+    experiment = tmp_path / "mine.py"
+    experiment.write_text(lines)
+    assert cli.main(["distill", str(experiment)]) == 2
+    err = capsys.readouterr().err
+    assert re.search(re.escape(f"experiment {experiment}") + said, err)
+    assert err.count("\n") == 1
+    assert f"`python {experiment}` shows the traceback" in err
+
+
 def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):
     experiment = tmp_path / "other.py"
     experiment.write_text("config = {'a': 1}\n")

@@ -227,6 +227,11 @@ def _check_labels(
                 f"{file}: id2label has {len(labels) if isinstance(labels, dict) else labels!r} "
                 f"labels, the {part} {bias.size} outputs"
             )
+        if bias is not None and set(labels) != {str(i) for i in range(bias.size)}:
+            raise CheckpointError(
+                f"{file}: id2label names {', '.join(map(repr, labels))}; the {part}'s outputs are "
+                f"0 to {bias.size - 1}"
+            )
 
 
 def write_model(

@@ -135,6 +135,9 @@ def prepare(
     output = Path(output)
     loaded = load_tokenizer(tokenizer)
     settings = _settings(sources, loaded, holdout_fraction, shard_tokens)
+    finished = finished_is_enough and (output / MANIFEST).is_file()
+    # Before anything is written: sources that are not there leave no folder behind.
+    parts = [] if finished else [part for source in sources for part in split_source(source)]
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -143,7 +146,6 @@ def prepare(
         _check_settings(output, settings)
         if finished_is_enough and (output / MANIFEST).is_file():
             return read_manifest(output)
-        parts = [part for source in sources for part in split_source(source)]
         settings["parts"] = [part.key for part in parts]
         if (output / MANIFEST).is_file():
             return _finished(output, settings)

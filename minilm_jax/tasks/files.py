@@ -75,6 +75,10 @@ def read_tsv(
         header = next(lines, None)
         if header is None:
             raise DataError(f"{path}: is empty")
+        if "\r" in header[1]:
+            raise DataError(
+                f"{path}:1: lines end in a carriage return alone; convert them to line feeds"
+            )
         names = header[1].split("\t")
         missing = [name for name in needs if name not in names]
         if missing:

@@ -111,6 +111,13 @@ def read_questions(
             raise DataError(f"{origin}: the question is empty; write one or remove the line")
         answers = gold_answers(row, origin, hidden=hidden)
         context = _text(row, "context", origin)
+        if not context.strip():
+            raise DataError(f"{origin}: the context is empty; write one or remove the line")
+        if purpose == "evaluate" and any(not answer.text.strip() for answer in answers or ()):
+            raise DataError(
+                f"{origin}: an answer is empty; where the context does not answer the question, "
+                "the list answers is empty"
+            )
         if purpose == "train" and answers:
             answers = answer_to_learn(answers, context, origin, skips)
             if not answers:

@@ -368,6 +368,14 @@ def test_own_files_to_predict_need_no_label(tmp_path):
         read_texts(tmp_path / "d.tsv")
 
 
+def test_a_table_whose_lines_end_in_carriage_returns_is_said_to_be_one(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"text\tlabel\rwin\tspam\rhi\tham\r")
+    with pytest.raises(DataError, match=r"a.tsv:1: lines end in a carriage return alone; convert"):
+        read_texts(tmp_path / "a.tsv")
+    (tmp_path / "a.tsv").write_bytes(b"text\tlabel\r\nwin\tspam\r\nhi\tham\r\n")
+    assert [e.label for e in read_texts(tmp_path / "a.tsv")] == ["spam", "ham"]
+
+
 def test_own_questions(tmp_path, skips):
     rows = [
         {
@@ -383,6 +391,13 @@ def test_own_questions(tmp_path, skips):
     found = read_questions(file, purpose="train", skips=skips)
     assert [e.answers for e in found] == [(Answer(text="Rome", start=3),), ()]
     assert skips.listed == [f"{file}:3: the answer does not stand in its context"]
+    file.write_text(json.dumps(rows[0] | {"context": " "}))
+    with pytest.raises(DataError, match=r"q.jsonl:1: the context is empty"):
+        read_questions(file, purpose="train", skips=skips)
+    # Scored, an empty text would be the gold answer of a question that has none.
+    file.write_text(json.dumps(rows[0] | {"answers": [{"text": "", "answer_start": 0}]}))
+    with pytest.raises(DataError, match=r"q.jsonl:1: an answer is empty; .* answers is empty"):
+        read_questions(file, purpose="evaluate", skips=skips)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
