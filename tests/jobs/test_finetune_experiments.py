@@ -39,6 +39,9 @@ def test_smoke_variants_run(name, tmp_path):
         rows = [("good film", "a"), ("bad film", "b")] * 4
         file = write_tsv(tmp_path / "own.tsv", ("text", "label"), *rows)
         data = TaskData(train=file, dev=file)
+    elif config.task == "questions":
+        assert data.folder is not None
+        data = TaskData(train=data.folder / "train-v2.0.json", dev=data.folder / "dev-v2.0.json")
     config = dataclasses.replace(config, model=str(model), data=data, output=tmp_path / "run")
     lengths = dataclasses.replace(config.lengths, max_length=min(config.lengths.max_length, 96))
     result = finetune.run(dataclasses.replace(config, lengths=lengths), say=lambda _: None)
