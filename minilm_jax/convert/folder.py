@@ -229,8 +229,8 @@ def _check_labels(
             )
         if bias is not None and set(labels) != {str(i) for i in range(bias.size)}:
             raise CheckpointError(
-                f"{file}: id2label names {', '.join(map(repr, labels))}; the {part}'s outputs are "
-                f"0 to {bias.size - 1}"
+                f"{file}: id2label has keys {', '.join(map(repr, labels))}; the outputs of the "
+                f"{part} are '0' to '{bias.size - 1}': give each its name"
             )
 
 

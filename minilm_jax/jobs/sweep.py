@@ -15,9 +15,16 @@ from minilm_jax.tasks.tables import ResultRow, mean_and_deviation, read_rows
 from minilm_jax.train.hosts import writes
 from minilm_jax.train.run_folder import write_json
 
+Runs = dict[tuple[float, int], list[FinetuneConfig]]
+"""By learning rate and epochs, one a seed."""
+
 
 def sweep(
-    config: FinetuneConfig, run: Callable[[FinetuneConfig], FinetuneResult], *, say: Say
+    config: FinetuneConfig,
+    runs: Runs,
+    run: Callable[[FinetuneConfig], FinetuneResult],
+    *,
+    say: Say,
 ) -> list[FinetuneResult]:
     """Returns every run's result, after writing results.csv, tables.md and sweep.json.
 
@@ -26,6 +33,7 @@ def sweep(
 
     Args:
       config: the sweep.
+      runs: what `sweep_runs` makes of it.
       run: a run of it, computed or read.
       say: tells of the runs and of the settings compared.
     """
@@ -33,8 +41,7 @@ def sweep(
     rows: list[ResultRow] = []
     settings: list[dict[str, Any]] = []
     began = time.monotonic()
-    # All of them made before the first one runs: a value that cannot be is refused at once.
-    for (rate, passes), configs in sweep_runs(config).items():
+    for (rate, passes), configs in runs.items():
         found = []
         for inner in configs:
             say(f"\n{inner.output.name}")
@@ -70,7 +77,7 @@ def sweep(
     return results
 
 
-def sweep_runs(config: FinetuneConfig) -> dict[tuple[float, int], list[FinetuneConfig]]:
+def sweep_runs(config: FinetuneConfig) -> Runs:
     """Returns the runs of a sweep, one a seed, by learning rate and epochs."""
     sweep, name = config.sweep, config.name or config.output.name
     rates = sweep.learning_rates or (config.optimizer.learning_rate,)

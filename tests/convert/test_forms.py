@@ -164,7 +164,9 @@ def test_one_classifier_name_for_two_heads(tmp_path):
         read_model(folder, heads=("sequence_classifier",))
     labels = {"id2label": {"0": "no", "1": "yes", "3": "perhaps"}}
     (folder / "config.json").write_text(json.dumps(CONFIG | labels))
-    with pytest.raises(CheckpointError, match=r"id2label names '0', '1', '3'; .* are 0 to 2"):
+    with pytest.raises(
+        CheckpointError, match=r"id2label has keys '0', '1', '3'; .* are '0' to '2'"
+    ):
         read_model(folder, heads=("sequence_classifier",))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,16 @@ from minilm_jax.convert.folder import read_model
 from minilm_jax.convert.model import Model
 from minilm_jax.convert.sentence import Sentence
 from minilm_jax.encoder.config import Compute, EncoderConfig
-from minilm_jax.errors import ConfigError, DataError
-from minilm_jax.jobs import evaluate, evaluator, finetune, finetune_model, running, trained_model
+from minilm_jax.errors import CheckpointError, ConfigError, DataError
+from minilm_jax.jobs import (
+    evaluate,
+    evaluator,
+    finetune,
+    finetune_inputs,
+    finetune_model,
+    running,
+    trained_model,
+)
 from minilm_jax.jobs.evaluate import EvaluateConfig
 from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig, SweepConfig
 from minilm_jax.jobs.sweep import sweep_runs
@@ -351,7 +360,13 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_pat
 
     handler = signal.getsignal(signal.SIGTERM)
     for owner, name, at, how, message in [
-        (finetune, "_training_examples", None, terminate, "by SIGTERM; run the same command"),
+        (
+            finetune_inputs,
+            "_training_examples",
+            None,
+            terminate,
+            "by SIGTERM; run the same command",
+        ),
         (finetune._Training, "_score", 3, terminate, "SIGTERM after step 3, which is saved"),
         (finetune._Training, "_batch", 4, terminate, "SIGTERM after step [456], which is saved"),
         (finetune._Training, "_score", 6, power_cut, "power cut"),
@@ -401,7 +416,7 @@ def test_examples_become_rows_once_and_those_of_a_finished_run_never(
     official, bert, tmp_path, monkeypatch
 ):
     tokenized = []
-    for job in (evaluator, finetune):
+    for job in (evaluator, finetune_inputs):
         real = job.text_features
 
         def counted(examples, *rest, real=real, **options):
@@ -414,6 +429,13 @@ def test_examples_become_rows_once_and_those_of_a_finished_run_never(
     assert tokenized == ["train.tsv:2", "dev.tsv:2"]
     assert finetune.run(config, say=quiet) == result
     assert tokenized == ["train.tsv:2", "dev.tsv:2"]
+    # All runs of a sweep share them, and each is what it would be by itself.
+    several = SweepConfig(seeds=(config.train.seed + 1, config.train.seed))
+    found = finetune.run(make("rte", bert, official, tmp_path / "sweep", sweep=several), say=quiet)
+    assert tokenized == 2 * ["train.tsv:2", "dev.tsv:2"]
+    assert (found[1].selection, found[1].scores) == (result.selection, result.scores)
+    weights = [Path(r.model, "model.safetensors").read_bytes() for r in (result, *found)]
+    assert weights[0] == weights[2] != weights[1]
 
 
 def test_it_is_watched_as_any_training_is(official, bert, tmp_path, monkeypatch):
@@ -676,7 +698,7 @@ def test_a_model_is_not_scored_on_classes_it_does_not_name(official, bert, tmp_p
     assert score(tmp_path / "run")[0].value == pytest.approx(100 - expected[0].value)
     stored["id2label"] = {"no": "not_entailment", "yes": "entailment"}
     config_file.write_text(json.dumps(stored))
-    with pytest.raises(ConfigError, match=r'best: id2label .* is {"no": "not_.* for each output'):
+    with pytest.raises(CheckpointError, match=r"id2label has keys 'no', 'yes'; .* '0' to '1'"):
         score(tmp_path / "run")
     stored["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}
     config_file.write_text(json.dumps(stored))
