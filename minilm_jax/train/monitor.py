@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -16,6 +17,7 @@ from minilm_jax.train.hardware import GIB, peak_flops, peak_memory
 from minilm_jax.train.trackers import Tracker
 
 SPEED = "speed.jsonl"
+log = logging.getLogger(__name__)
 _NOT_TERMS = ("loss", "grad_norm", "learning_rate")
 _TERMS_SHOWN = 6
 _SHORT_NAMES = {"tokens": "tok", "examples": "ex", "documents": "doc"}
@@ -152,13 +154,7 @@ class Monitor:
     def _truncate(path: Path, step: int) -> None:
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):  # the half line of a crash
-                break
+        kept = [line + "\n" for line, row in _read_rows(path) if row["step"] <= step]
         beside = path.with_name(path.name + ".tmp")
         beside.write_text("".join(kept))
         beside.rename(path)
@@ -170,7 +166,7 @@ def plot_loss(metrics_path: Path, target: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    rows = [row for _, row in _read_rows(metrics_path)]
     if not rows:
         return False
     # The object API: no global figure, no display.
@@ -186,6 +182,28 @@ def plot_loss(metrics_path: Path, target: Path) -> bool:
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
     return True
+
+
+def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the lines of a metrics.jsonl with what they say.
+
+    A line that cannot be read is left out, with a warning unless it is the last: the half one of a
+    crash.
+    """
+    lines = path.read_text(errors="replace").splitlines()
+    rows, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append((line, row))
+        elif number < len(lines):
+            damaged.append(str(number))
+    if damaged:
+        log.warning("%s: left out what cannot be read: line %s", path, ", ".join(damaged))
+    return rows
 
 
 def _progress_line(metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from minilm_jax.train.hardware import known_chip, peak_flops, peak_memory
-from minilm_jax.train.monitor import Interval, Monitor
+from minilm_jax.train.monitor import Interval, Monitor, plot_loss
 
 METRICS = {
     "loss": 0.21349,
@@ -75,6 +75,22 @@ def test_speed_is_no_part_of_the_metrics(tmp_path):
     assert row == {"step": 400, **METRICS}
     speed = [json.loads(x) for x in (tmp_path / "speed.jsonl").read_text().splitlines()]
     assert [row["tokens_per_second"] for row in speed] == [1.2e6, 2.4e6]
+
+
+@pytest.mark.parametrize("damage", ['{"step": 2, "lo', "[]", "{}", "\0\0"])
+def test_a_damaged_line_costs_its_own_row_alone(damage, tmp_path, caplog):
+    metrics = tmp_path / "metrics.jsonl"
+    rows = [f'{{"step": {step}, "loss": 0.5}}' for step in range(1, 5)]
+    rows[1] = damage
+    metrics.write_text("\n".join([*rows, '{"step": 5, "lo']))
+    assert plot_loss(metrics, tmp_path / "loss.png")
+    caplog.clear()
+    Monitor(metrics, steps=9, first_step=4, stream=io.StringIO()).close()
+    assert metrics.read_text().splitlines() == [rows[0], *rows[2:]]
+    (warning,) = caplog.messages  # of the half line of a crash nothing is said
+    assert "metrics.jsonl: left out what cannot be read: line 2" in warning
+    Monitor(metrics, steps=9, first_step=3, stream=io.StringIO()).close()
+    assert metrics.read_text().splitlines() == [rows[0], rows[2]]
 
 
 @pytest.mark.parametrize(
