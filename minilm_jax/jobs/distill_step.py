@@ -10,20 +10,31 @@ import numpy as np
 import optax
 
 from minilm_jax.convert.model import Model
-from minilm_jax.distill.objective import LossFunction
+from minilm_jax.distill.objective import Batch, LossFunction, Params, check_loss
 from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.distill.student import init_student, student_encoder_config
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.jobs.distill_config import DistillConfig
 from minilm_jax.jobs.teacher import needed_params
+from minilm_jax.reductions import Loss
 from minilm_jax.train.flops import gradient_flops
 from minilm_jax.train.optimizer import make_optimizer
 
 
 def make_loss(config: DistillConfig, teacher: EncoderConfig) -> LossFunction:
-    """Returns the loss of the run's student, given a teacher of this shape."""
+    """Returns the loss of the run's student, given a teacher of this shape.
+
+    Traced with an objective that returns anything but sums and counts it raises ConfigError.
+    """
     student = student_encoder_config(config.student, teacher)
-    return config.objective.make_loss(teacher, student, config.compute)
+    found = config.objective.make_loss(teacher, student, config.compute)
+
+    def checked(ours: Params, theirs: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        loss = found(ours, theirs, batch, key)
+        check_loss(loss)
+        return loss
+
+    return checked
 
 
 def make_run_optimizer(

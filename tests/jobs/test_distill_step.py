@@ -1,0 +1,73 @@
+"""What an objective may return: sums and counts, under names of its own."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from minilm_jax.cli import load_experiment
+from minilm_jax.distill.objective import Objective
+from minilm_jax.errors import ConfigError
+from minilm_jax.jobs.distill_step import make_loss
+from minilm_jax.reductions import Loss, Mean
+
+SMOKE = Path(__file__).parents[2] / "experiments" / "minilm_v2" / "bert_base_6x384.py"
+GOOD = Mean(jnp.float32(3), jnp.float32(2))
+VECTOR = jnp.ones(5, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Returns(Objective):
+    """An objective that returns the same whatever it is given."""
+
+    value: object
+
+    def make_loss(self, teacher, student, compute):
+        return lambda ours, theirs, batch, key: self.value
+
+
+def returned(value):
+    config = load_experiment(f"{SMOKE}:smoke")
+    config = dataclasses.replace(config, objective=Returns(value=value))
+    return make_loss(config, config.teacher.shape)({}, {}, {}, None)
+
+
+def loss(**parts):
+    return Loss(**{"terms": {"good": GOOD}, "metrics": {}, "counts": {}} | parts)
+
+
+def test_sums_and_counts_pass():
+    heads = Mean(VECTOR, jnp.int32(2))
+    value = loss(metrics={"heads": heads}, counts={"tokens": jnp.int32(7)})
+    assert returned(value) is value
+
+
+@pytest.mark.parametrize(
+    "value,sentence",
+    [
+        (None, "returns None"),
+        (jnp.float32(0.5), r"returns float32\[\]"),
+        (loss(metrics=None), "metrics: NoneType"),
+        (loss(terms={}), "no term"),
+        (loss(terms={"mse": jnp.float32(0.5)}), r"'mse' is float32\[\]: give Mean"),
+        (loss(metrics={"mse": 0.5}), "'mse' is a float: give Mean"),
+        (loss(terms={"mse": Mean(VECTOR, 2.0)}), r"term 'mse' is float32\[5\]: give the sum"),
+        (loss(terms={"mse": Mean(jnp.int32(3), 2.0)}), "a floating-point number"),
+        (loss(metrics={"mse": Mean(3.0, VECTOR)}), r"count of the objective's 'mse' is float32"),
+        (loss(counts={"tokens": VECTOR}), r"count 'tokens' is float32\[5\]"),
+        (loss(metrics={"good": GOOD}), "'good' stands for a term and a metric"),
+        (loss(metrics={"step": GOOD}), "'step' is one of the engine's own"),
+        (loss(terms={"loss": GOOD}), "'loss' is one of the engine's own"),
+    ],
+)
+def test_anything_else_is_refused_with_what_belongs_there(value, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        returned(value)
+
+
+def test_an_objective_without_a_loss_is_refused():
+    config = load_experiment(f"{SMOKE}:smoke")
+    config = dataclasses.replace(config, objective=Objective())
+    with pytest.raises(ConfigError, match="objective Objective has no make_loss"):
+        make_loss(config, config.teacher.shape)
