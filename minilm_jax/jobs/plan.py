@@ -114,20 +114,44 @@ def run(config: PlanConfig, *, say: Callable[[str], None] = print) -> tuple[Plan
     """
     local = config.hardware == "local"
     found = None if local else described_devices(config.hardware)
-    stages = config.run.stages() if isinstance(config.run, ChainConfig) else (config.run,)
+    if isinstance(config.run, ChainConfig):
+        stages = dict(zip(("--assistant.", "--student."), config.run.stages(), strict=True))
+    else:
+        stages = {"--": config.run}
     plans = []
-    for stage in stages:
+    for option, stage in stages.items():
         train = stage.train
         devices = Devices(train.lift, fsdp=train.fsdp, count=train.devices, devices=found)
         plans.append(
-            make_plan(stage, devices, hardware=config.hardware, efficiency=config.efficiency)
+            make_plan(
+                stage,
+                devices,
+                hardware=config.hardware,
+                efficiency=config.efficiency,
+                option=option,
+            )
         )
         say(("" if len(plans) == 1 else "\n") + describe_plan(plans[-1]))
     return tuple(plans)
 
 
-def make_plan(config: DistillConfig, devices: Devices, *, hardware: str, efficiency: float) -> Plan:
-    """Returns the plan of one run on devices that may be only described; compiles its step."""
+def make_plan(
+    config: DistillConfig,
+    devices: Devices,
+    *,
+    hardware: str,
+    efficiency: float,
+    option: str = "--",
+) -> Plan:
+    """Returns the plan of one run on devices that may be only described; compiles its step.
+
+    Args:
+      config: of the run.
+      devices: what it would run on.
+      hardware: their name.
+      efficiency: share of the peak that is reached.
+      option: what the options of this run begin with.
+    """
     devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
     step, state, frozen, batch = abstract_step(config, devices)
     flops = step_flops(config, describe_teacher(config), config.batch.sequence_length)
@@ -166,7 +190,7 @@ def make_plan(config: DistillConfig, devices: Devices, *, hardware: str, efficie
         seconds_a_step=seconds,
         advice=(),
     )
-    return plan if plan.fits else dataclasses.replace(plan, advice=_advice(config, devices))
+    return plan if plan.fits else dataclasses.replace(plan, advice=_advice(config, devices, option))
 
 
 def abstract_step(config: DistillConfig, devices: Devices) -> tuple[Any, Any, Any, Any]:
@@ -235,24 +259,25 @@ def _peak(devices: Devices) -> float | None:
     return calls * 2 * size**3 / (time.monotonic() - began) / devices.count
 
 
-def _advice(config: DistillConfig, devices: Devices) -> tuple[str, ...]:
+def _advice(config: DistillConfig, devices: Devices, option: str) -> tuple[str, ...]:
     """Returns what makes it smaller, the cheapest first."""
     rows = config.batch.batch_size // devices.count
     accumulate = config.train.accumulate
     larger = next((n for n in range(accumulate + 1, rows + 1) if rows % n == 0), None)
     advice = []
     if larger is not None:
-        advice.append(f"--train.accumulate {larger}: fewer rows at a time, the same numbers")
+        advice.append(f"{option}train.accumulate {larger}: fewer rows at a time, the same numbers")
     if not config.compute.remat:
-        advice.append("--compute.remat True: activations are recomputed, about a third more time")
+        advice.append(f"{option}compute.remat: activations are recomputed, about a third more time")
     if config.compute.dtype == "float32":
-        advice.append("--compute.dtype bfloat16: half the activations")
+        advice.append(f"{option}compute.dtype bfloat16: half the activations")
     if config.train.fsdp < devices.count:
         wanted = next(
             n for n in range(2 * config.train.fsdp, devices.count + 1) if devices.count % n == 0
         )
         advice.append(
-            f"--train.lift mesh --train.fsdp {wanted}: teacher, student and optimizer are divided"
+            f"{option}train.lift mesh {option}train.fsdp {wanted}: teacher, student and optimizer "
+            "are divided"
         )
     advice.append("more devices, or devices with more memory")
     return tuple(advice)

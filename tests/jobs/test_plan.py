@@ -12,6 +12,7 @@ import tyro
 from minilm_jax.cli import load_experiment, parse
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import plan
+from minilm_jax.jobs.distill_config import ChainConfig
 from minilm_jax.jobs.plan import Memory, Plan, PlanConfig
 from minilm_jax.train import described
 from minilm_jax.train.described import parse_slice
@@ -29,6 +30,9 @@ def experiment(name):
 
 
 def train(config, **changes):
+    if isinstance(config, ChainConfig):
+        first, second = (train(one, **changes) for one in (config.assistant, config.student))
+        return dataclasses.replace(config, assistant=first, student=second)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 
@@ -116,6 +120,27 @@ def test_what_does_not_fit_comes_with_what_to_change(monkeypatch):
     assert "fits        no" in text
     for advice in ("--train.accumulate 2", "--compute.remat", "--train.fsdp 2", "bfloat16"):
         assert advice in text
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("minilm_v2/bert_base_6x384.py:smoke", ["--"]),
+        ("minilm_v1/bert_base_3x384_assistant.py:smoke", ["--assistant.", "--student."]),
+    ],
+)
+def test_advice_is_options_as_the_command_line_takes_them(name, options, monkeypatch):
+    monkeypatch.setattr(plan, "memory_limit", lambda device: 1000)
+    found, _ = planned(train(experiment(name), devices=2))
+    for one, option in zip(found, options, strict=True):
+        *lines, more = one.advice
+        assert len(lines) == 4
+        given = [word for line in lines for word in line.partition(":")[0].split()]
+        _, config = parse("plan", [str(EXPERIMENTS / name), *given])
+        run = config.run if option == "--" else getattr(config.run, option.strip("-."))
+        assert (run.train.accumulate, run.train.fsdp, run.compute.remat) == (2, 2, True)
+        assert run.compute.dtype == "bfloat16"
+        assert more == "more devices, or devices with more memory"
 
 
 def test_the_compilers_refusal_is_a_plan_that_does_not_fit():
