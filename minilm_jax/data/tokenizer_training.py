@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -80,6 +81,11 @@ def train_wordpiece(
     )
     learner.train_from_iterator((d.text for d in _some(documents)), trainer=trainer)
     vocab = learner.get_vocab(with_added_tokens=True)
+    if len(vocab) > vocab_size:
+        raise DataError(
+            f"vocab_size is {vocab_size}: the text's characters alone take {len(vocab):,} pieces; "
+            "give at least so many"
+        )
     with _new_folder(output) as folder:
         pieces = sorted(vocab, key=lambda piece: vocab[piece])
         (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), "utf-8")
@@ -130,6 +136,8 @@ def train_sentencepiece(
     import sentencepiece
 
     _check_new(output)
+    if not 0.98 <= character_coverage <= 1:
+        raise DataError(f"character_coverage is {character_coverage}: give 0.98 to 1")
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)
     try:
@@ -150,11 +158,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise DataError(
-            f"vocab_size is {vocab_size}: SentencePiece refuses ({reason}); give another size"
-            " or more text"
-        ) from error
+        raise DataError(f"vocab_size is {vocab_size}: {_why_refused(str(error))}") from error
     with _new_folder(output) as folder:
         (folder / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
         settings = {
@@ -164,6 +168,21 @@ def train_sentencepiece(
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
     return load_tokenizer(output)
+
+
+def _why_refused(error: str) -> str:
+    """Returns SentencePiece's reason and the way out, in pieces as a user counts them."""
+    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", error):
+        most = int(found[1]) + _ADDED_BY_XLMR
+        return f"the text gives {most:,} pieces at most; give no more, or more text"
+    if found := re.search(r"smaller than required_chars\. -?\d+ vs (\d+)", error):
+        least = int(found[1]) + _ADDED_BY_XLMR
+        return (
+            f"the text's characters alone take {least:,} pieces; give at least so many, or a "
+            "smaller character_coverage"
+        )
+    reason = error.strip().splitlines()[-1]
+    return f"SentencePiece refuses ({reason}); give another size or more text"
 
 
 def _some(documents: Iterable[Document]) -> Iterator[Document]:

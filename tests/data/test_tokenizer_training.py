@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -49,8 +50,8 @@ def test_the_same_text_gives_the_same_sentencepiece(documents, tmp_path):
 
 
 def test_nothing_is_left_where_it_cannot_be(documents, tmp_path):
-    with pytest.raises(DataError, match=r"vocab_size is 100000: SentencePiece refuses"):
-        train_sentencepiece(documents[:5], output=tmp_path / "new", vocab_size=100_000)
+    with pytest.raises(DataError, match=r"character_coverage is 2\.0: give 0\.98 to 1"):
+        train_sentencepiece(documents, output=tmp_path / "new", character_coverage=2.0)
     with pytest.raises(DataError, match="more than the 5 specials"):
         train_wordpiece(documents, output=tmp_path / "new", vocab_size=5)
     with pytest.raises(DataError, match="no text"):
@@ -62,6 +63,23 @@ def test_nothing_is_left_where_it_cannot_be(documents, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be made .*; give another folder"):
         train_wordpiece(documents, output=tmp_path / "file" / "new")
+
+
+@pytest.mark.parametrize(
+    "train,size,reason",
+    [
+        (train_sentencepiece, 100_000, r"gives ([\d,]+) pieces at most"),
+        (train_sentencepiece, 10, r"characters alone take ([\d,]+) pieces.*character_coverage"),
+        (train_wordpiece, 10, r"characters alone take ([\d,]+) pieces"),
+    ],
+)
+def test_a_size_that_the_text_does_not_give_is_refused_with_one_that_it_does(
+    train, size, reason, documents, tmp_path
+):
+    with pytest.raises(DataError, match=f"vocab_size is {size}: the text.* {reason}") as refused:
+        train(documents, output=tmp_path / "new", vocab_size=size)
+    named = int(re.search(reason, str(refused.value))[1].replace(",", ""))
+    assert train(documents, output=tmp_path / "new", vocab_size=named).vocab_size == named
 
 
 def test_ctrl_c_ends_the_learning_at_once_and_leaves_nothing(tmp_path):
