@@ -143,6 +143,7 @@ def read_documents(
 def read_part(part: Part, *, skipped: Counter[str]) -> Iterator[Document]:
     """Yields the documents of one part; what is left out is counted by reason in `skipped`."""
     for stretch in part.stretches:
+        found, left_out = False, skipped.total()
         try:
             for document in _read_stretch(part.source, stretch, skipped):
                 if not document.text.strip():
@@ -150,6 +151,7 @@ def read_part(part: Part, *, skipped: Counter[str]) -> Iterator[Document]:
                 elif len(document.text) > part.source.longest_document:
                     skipped["too long"] += 1
                 else:
+                    found = True
                     yield document
         except readers.BrokenFileError as error:
             if part.source.broken_files == "stop":
@@ -158,6 +160,9 @@ def read_part(part: Part, *, skipped: Counter[str]) -> Iterator[Document]:
                     " to go on with what can be read"
                 ) from error
             skipped["broken file"] += 1
+        # A language that is missing would not be missed otherwise.
+        if not found and skipped.total() == left_out and stretch.stop is None:
+            skipped["no document in a file"] += 1
 
 
 def split_source(source: TextSource) -> list[Part]:
@@ -173,6 +178,11 @@ def split_source(source: TextSource) -> list[Part]:
     else:
         stretches = []
         for path, format in _files(source):
+            if format == "text" and source.language_from == "column":
+                raise DataError(
+                    f"{path}: a text file has no column {source.language_column!r}; set"
+                    " language_from to setting, file or folder, or name only files with columns"
+                )
             stretches.append(_whole_file(path, format))
     total = sum(stretch.size for stretch in stretches)
     part_size = min(max(total // 64, _SMALLEST_PART), _LARGEST_PART)

@@ -53,6 +53,24 @@ def test_the_language_comes_from_the_setting_the_column_the_file_or_the_folder(t
         assert [d.language for d in read_documents(source)] == [expected]
 
 
+def test_a_text_file_has_no_column_to_take_the_language_from(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "language": "hi"}\n')
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(DataError, match=r"b.txt: a text file has no column 'language'; set"):
+        texts(tmp_path, language_from="column")
+    assert texts(tmp_path / "*.jsonl", language_from="column") == ["a"]
+
+
+def test_a_file_that_gives_nothing_is_counted(tmp_path):
+    """A language that is missing would not be missed otherwise."""
+    for name, content in {"de": "", "en": "text", "fr": "\n\n \n", "it": "\ufeff"}.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    (tmp_path / "ru.txt").write_bytes(b"\xff")
+    skipped = Counter()
+    assert texts(tmp_path, skipped=skipped) == ["text"]
+    assert skipped == {"no document in a file": 3, "broken utf-8": 1}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lines=st.lists(st.sampled_from(["", " ", "a", "bb", "ccc ccc", "é"]), max_size=30),
