@@ -7,10 +7,10 @@ import io
 import logging
 import os
 import re
-import runpy
 import signal
 import sys
 import traceback
+import types
 from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
@@ -158,7 +158,7 @@ def load_experiment(name: str) -> Any:
         beside = [str(path) for path in Path(file).parent.glob("*.py")]
         raise ConfigError(f"experiment {file} does not exist{_nearest(file, beside)}")
     try:
-        variables = runpy.run_path(file)
+        variables = _run(file)
     except UserError as error:
         raise ConfigError(f"experiment {file}: {error}") from None
     except Exception as error:
@@ -168,6 +168,18 @@ def load_experiment(name: str) -> Any:
         raise ConfigError(f"experiment {file} has no {variant!r}{_nearest(variant, public)}")
     check_types(variables[variant], file=file)
     return variables[variant]
+
+
+def _run(file: str) -> dict[str, Any]:
+    """Returns the variables of a Python file, run as a module that its classes can be traced to.
+
+    --help reads the fields' docstrings from the file, and annotations may be text.
+    """
+    module = types.ModuleType(f"<{file}>")
+    module.__file__ = file
+    sys.modules[module.__name__] = module
+    exec(compile(Path(file).read_bytes(), file, "exec"), vars(module))
+    return vars(module)
 
 
 def _why_not_run(error: Exception, file: str) -> str:

@@ -105,6 +105,36 @@ def test_an_experiment_that_fails_is_one_sentence_with_its_line(
     assert f"`python {experiment}` shows the traceback" in err
 
 
+OWN = """from __future__ import annotations
+import dataclasses
+from minilm_jax.cli import load_experiment
+from minilm_jax.distill.objective import Objective
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own(Objective):
+    weight: float = 1.0
+    \"""How much it weighs.\"""
+
+config = dataclasses.replace(load_experiment("{quickstart}"), objective=Own())
+"""
+
+
+@pytest.mark.parametrize(
+    "option,shown,status", [("--help", "weighs. (default", 0), ("--objective.wait=3", "meant", 2)]
+)
+def test_an_objective_of_the_experiments_own_has_its_options_in_the_help(
+    option, shown, status, tmp_path, capsys
+):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.replace("{quickstart}", EXPERIMENT))
+    with pytest.raises(SystemExit) as ended:
+        cli.parse("distill", [str(file), option])
+    assert ended.value.code == status
+    printed = capsys.readouterr()
+    assert "--objective.weight FLOAT" in printed.out + printed.err
+    assert shown in printed.out + printed.err
+
+
 def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):
     experiment = tmp_path / "other.py"
     experiment.write_text("config = {'a': 1}\n")
