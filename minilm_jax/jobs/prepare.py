@@ -43,8 +43,8 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
             shard_tokens=config.shard_tokens,
             progress=bar.show if bar else None,
         )
-    for split, shards in manifest.splits.items():
-        if shards:
+    for split in ("train", "heldout"):
+        if shards := manifest.splits.get(split):
             documents = sum(shard.documents for shard in shards)
             tokens = sum(shard.tokens for shard in shards)
             say(f"{split:<9}{documents:>14,} documents {tokens:>18,} tokens")

@@ -17,16 +17,18 @@ def test_a_vocabulary_a_corpus_and_a_look_into_it(tmp_path, english):
         tokenizer.TokenizerConfig(source=source, output=tmp_path / "vocab", vocab_size=900),
         say=lines.append,
     )
-    manifest = prepare.run(
-        prepare.PrepareConfig(
-            source=source,
-            tokenizer=tmp_path / "vocab",
-            output=tmp_path / "corpus",
-            workers=0,
-            heldout=0.1,
-        ),
-        say=lines.append,
+    preparing = prepare.PrepareConfig(
+        source=source,
+        tokenizer=tmp_path / "vocab",
+        output=tmp_path / "corpus",
+        workers=0,
+        heldout=0.1,
     )
+    first, again = [], []
+    manifest = prepare.run(preparing, say=first.append)
+    prepare.run(preparing, say=again.append)
+    assert again == first
+    lines += first
     found = inspect.run(
         inspect.InspectConfig(corpus=tmp_path / "corpus", sequence_length=64, rows=2),
         say=lines.append,
