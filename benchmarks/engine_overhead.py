@@ -31,9 +31,10 @@ from _report import machine, spread, write_section
 
 from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.loop import TrainConfig, fit
+from minilm_jax.train.loop import fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.state import TrainState, create_state
 

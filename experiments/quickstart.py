@@ -20,7 +20,7 @@ from minilm_jax.data.sources import TextSource
 from minilm_jax.distill.objectives import minilm
 from minilm_jax.distill.student import StudentConfig
 from minilm_jax.jobs.distill_config import DistillConfig, TeacherConfig, TextConfig
-from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 

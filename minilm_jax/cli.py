@@ -265,8 +265,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     if not [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]:
         # libtpu is installed where TPU programs are only compiled; without a chip it would ask
-        # the cloud's metadata server for one, for minutes.
+        # the cloud's metadata server for one, for minutes, and complain of what it finds.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_what_is_no_experiment_is_said_to_be_none(content, said, tmp_path, capsy
     ("lines", "said"),
     [
         (
-            "from minilm_jax.train.loop import TrainConfig\n\nconfig = TrainConfig(stepz=3)\n",
+            "from minilm_jax.train.config import TrainConfig\n\nconfig = TrainConfig(stepz=3)\n",
             r", line 3: TypeError: .*'stepz'",
         ),
         ("import not_there\n", ", line 1: ModuleNotFoundError: No module named 'not_there'"),

@@ -21,7 +21,7 @@ from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig, Swee
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, TaskData
 from minilm_jax.tasks.features import LengthConfig
-from minilm_jax.train.loop import EngineConfig
+from minilm_jax.train.config import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 config = FinetuneConfig(

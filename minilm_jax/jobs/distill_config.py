@@ -14,7 +14,7 @@ from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.distill.student import StudentConfig, check_start, student_encoder_config
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.errors import ConfigError
-from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig, make_schedule
 from minilm_jax.train.run_folder import STUDENT
 

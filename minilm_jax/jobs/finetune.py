@@ -27,8 +27,9 @@ from minilm_jax.jobs.running import (
 from minilm_jax.jobs.sweep import sweep, sweep_runs
 from minilm_jax.jobs.trained_model import load
 from minilm_jax.signals import stoppable
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.hosts import wait_for_all, writes
-from minilm_jax.train.loop import Evaluation, TrainConfig
+from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.optimizer import evaluated_params, make_optimizer, make_schedule
 from minilm_jax.train.run_folder import BEST, RESULT, read_json, write_json
 from minilm_jax.train.state import TrainState

@@ -10,7 +10,7 @@ from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, Part, TaskData, TaskName, all_languages
 from minilm_jax.tasks.features import LengthConfig
-from minilm_jax.train.loop import EngineConfig
+from minilm_jax.train.config import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 

@@ -292,7 +292,7 @@ def describe_plan(plan: Plan) -> str:
         f"parameters  teacher {plan.teacher_parameters / 1e6:.1f} M (the layers that are run), "
         f"student {plan.student_parameters / 1e6:.1f} M",
         f"a step      {plan.flops:.3g} FLOPs of matrix products over all devices",
-        f"the run     {plan.steps:,} steps, {plan.tokens / 1e9:.3g} billion tokens with padding, "
+        f"the run     {plan.steps:,} steps, {_tokens(plan.tokens)} tokens with padding, "
         f"{plan.flops * plan.steps:.3g} FLOPs",
     ]
     memory = plan.memory
@@ -307,7 +307,7 @@ def describe_plan(plan: Plan) -> str:
     else:
         lines.append(
             f"time        {plan.seconds_a_step * 1e3:.3g} ms a step, "
-            f"{plan.seconds_a_step * plan.steps / 3600:.3g} hours: an estimate, see docs/tpu.md"
+            f"{_duration(plan.seconds_a_step * plan.steps)}: an estimate, see docs/tpu.md"
         )
     if plan.fits:
         lines.append("fits        yes")
@@ -315,3 +315,11 @@ def describe_plan(plan: Plan) -> str:
         lines.append(f"fits        no{': ' + plan.refusal if plan.refusal else ''}")
         lines += [f"  try       {line}" for line in plan.advice]
     return "\n".join(lines)
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e9:.3g} billion" if count >= 1e8 else f"{count:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} hours" if seconds >= 360 else f"{seconds:.3g} seconds"

@@ -24,7 +24,7 @@ from minilm_jax.jobs.distill_config import (
     TeacherConfig,
     TextConfig,
 )
-from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 BERT_BASE = EncoderConfig()

@@ -12,10 +12,11 @@ import optax
 from minilm_jax import native
 from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.config import EngineConfig, TrainConfig
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.hosts import check_shared, fail_together, join, wait_for_all, writes
-from minilm_jax.train.loop import EngineConfig, Evaluation, TrainConfig, fit
+from minilm_jax.train.loop import Evaluation, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import PROFILE, Profile
 from minilm_jax.train.run_folder import (

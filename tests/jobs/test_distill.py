@@ -33,7 +33,7 @@ from minilm_jax.jobs.distill_config import (
     TextConfig,
 )
 from minilm_jax.signals import Stopped
-from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from minilm_jax.data.batches import BatchConfig
 from minilm_jax.distill.objectives import minilm
 from minilm_jax.distill.student import StudentConfig
 from minilm_jax.jobs.distill_config import DistillConfig, TeacherConfig, TextConfig
-from minilm_jax.train.loop import TrainConfig
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 
 config = DistillConfig(

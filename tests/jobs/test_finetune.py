@@ -38,8 +38,8 @@ from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, Part, TaskData
 from minilm_jax.tasks.features import LengthConfig
 from minilm_jax.tasks.tables import read_rows
+from minilm_jax.train.config import EngineConfig
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.loop import EngineConfig
 from minilm_jax.train.optimizer import OptimizerConfig
 from minilm_jax.train.trackers import Tracker
 

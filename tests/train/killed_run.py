@@ -16,8 +16,9 @@ from ragged_problem import make_problem, ragged_loss
 
 from minilm_jax.signals import Stopped
 from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.loop import TrainConfig, fit
+from minilm_jax.train.loop import fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step

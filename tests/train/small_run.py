@@ -10,9 +10,10 @@ import optax
 
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.loop import TrainConfig, fit
+from minilm_jax.train.loop import fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import Profile
 from minilm_jax.train.state import create_state

@@ -15,9 +15,10 @@ from small_run import ADAM, STEPS, assert_same, batch_at, run
 from minilm_jax.errors import CheckpointError, ConfigError, UserError
 from minilm_jax.signals import Stopped
 from minilm_jax.train.checkpoint import Checkpoints
+from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import GOODPUT, Goodput
-from minilm_jax.train.loop import Evaluation, TrainConfig
+from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import with_average
 
@@ -168,6 +169,12 @@ def test_without_evaluations_there_is_no_best(tmp_path, whole):
 def test_a_profile_is_a_file_and_changes_nothing(tmp_path, whole):
     assert_same(run(tmp_path, profile=(5, 2)), whole[0])
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profile_that_would_never_begin_is_refused():
+    with pytest.raises(ConfigError, match="begins at step 13, and the run ends at 12"):
+        TrainConfig(steps=12, profile=(13, 1))
+    assert TrainConfig(steps=12, profile=(12, 1)).profile == (12, 1)
 
 
 def test_a_profiler_that_fails_is_a_warning(tmp_path, whole, monkeypatch, caplog):

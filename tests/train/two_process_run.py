@@ -17,9 +17,10 @@ from ragged_problem import make_problem, ragged_loss  # noqa: E402
 
 from minilm_jax.signals import Stopped  # noqa: E402
 from minilm_jax.train.checkpoint import Checkpoints  # noqa: E402
+from minilm_jax.train.config import TrainConfig  # noqa: E402
 from minilm_jax.train.devices import Devices  # noqa: E402
 from minilm_jax.train.hosts import HostsConfig, join, writes  # noqa: E402
-from minilm_jax.train.loop import TrainConfig, fit  # noqa: E402
+from minilm_jax.train.loop import fit  # noqa: E402
 from minilm_jax.train.monitor import Monitor  # noqa: E402
 from minilm_jax.train.state import create_state  # noqa: E402
 from minilm_jax.train.step import make_step  # noqa: E402
