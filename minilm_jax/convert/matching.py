@@ -13,6 +13,8 @@ ENCODER_ALONE = "convert it with an empty --heads to keep the encoder alone"
 # DataParallel, torch.compile, Lightning and sentence-transformers wrap a model before it is saved.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "0.auto_model.", "auto_model.")
 
+_CLASSIFIERS = ("sequence_classifier", "token_classifier")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Match:
@@ -59,6 +61,8 @@ def match_names(
       CheckpointError: names all unknown, missing and misshaped tensors together.
     """
     table = TABLES[config.model_type]
+    architectures = tuple(architectures)
+    _refuse_other_families(architectures, config, file)
     actual, problems = _normalise(shapes, table)
     chosen = _choose_heads(actual, table, file=file, architectures=architectures, heads=heads)
     rows = _rows(config, {"encoder", *chosen})
@@ -201,12 +205,25 @@ def canonical_name(name: str, *, prefix: str) -> str:
     return name
 
 
+def _refuse_other_families(architectures: Sequence[str], config: EncoderConfig, file: str) -> None:
+    # BERT's tensors are named as RoBERTa's, and computed with they give something else.
+    ours = TABLES[config.model_type].prefix
+    for family, table in TABLES.items():
+        for name in architectures:
+            if name in table.architectures and table.prefix != ours:
+                raise CheckpointError(
+                    f"{file}: config.json's architectures names {name}, a class of {family}, but "
+                    f"its model_type is {config.model_type}, which is also what a config without "
+                    f"one is read as: correct the wrong one"
+                )
+
+
 def _choose_heads(
     actual: Mapping[str, str],
     table: Table,
     *,
     file: str,
-    architectures: Iterable[str],
+    architectures: Sequence[str],
     heads: Iterable[str] | None,
 ) -> list[str]:
     own: dict[str, set[str]] = {}
@@ -221,12 +238,25 @@ def _choose_heads(
                 f"there are {', '.join(own)}"
             )
         return sorted(heads)
-    promised: set[str] = set()
-    for name in architectures:
-        promised |= table.architectures.get(name, frozenset())
+    # XLM-R's classes are RoBERTa's under another name.
+    classes = {
+        name: parts
+        for other in TABLES.values()
+        if other.prefix == table.prefix
+        for name, parts in other.architectures.items()
+    }
+    known = [classes[name] for name in architectures if name in classes]
+    promised = frozenset().union(*known)
     found = {part for part, names in own.items() if names & set(actual)}
-    if {"sequence_classifier", "token_classifier"} <= found:
-        found -= {"sequence_classifier", "token_classifier"}
+    classifiers = found & set(_CLASSIFIERS)
+    if classifiers and architectures and not known:
+        raise CheckpointError(
+            f"{file}: config.json's architectures names {', '.join(architectures)}, which is not "
+            f"read; {ENCODER_ALONE}, or say --heads {' or '.join(sorted(classifiers))} if its "
+            f"`classifier` is one"
+        )
+    if len(classifiers) > 1:
+        found -= classifiers
         found.add(_which_classifier(actual, own, promised, file))
     found |= promised
     # BERT's pooler is then that head's first layer.
@@ -237,19 +267,18 @@ def _choose_heads(
 
 
 def _which_classifier(
-    actual: Mapping[str, str], own: Mapping[str, set[str]], promised: set[str], file: str
+    actual: Mapping[str, str], own: Mapping[str, set[str]], promised: Iterable[str], file: str
 ) -> str:
-    both = ("sequence_classifier", "token_classifier")
-    named = [part for part in both if part in promised]
+    named = [part for part in _CLASSIFIERS if part in promised]
     if len(named) == 1:
         return named[0]
-    explained = {part: len(own[part] & set(actual)) for part in both}
-    if explained[both[0]] == explained[both[1]]:
+    explained = {part: len(own[part] & set(actual)) for part in _CLASSIFIERS}
+    if len(set(explained.values())) == 1:
         raise CheckpointError(
             f"{file}: `classifier` may belong to sequence_classifier or token_classifier and "
             f"config.json's architectures does not say which: name it with convert's --heads"
         )
-    return max(both, key=lambda part: explained[part])
+    return max(_CLASSIFIERS, key=lambda part: explained[part])
 
 
 def _rows(config: EncoderConfig, parts: Iterable[str]) -> list[Row]:

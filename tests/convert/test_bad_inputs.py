@@ -388,6 +388,7 @@ for _changes, _says in (
     ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
     ({"is_decoder": True}, "is_decoder=True"),
     ({"architectures": 3}, "architectures=3"),
+    ({"architectures": ["RobertaModel"]}, "RobertaModel, a class of roberta, but .* is bert"),
 ):
     bad(34, f"config {_changes}", _says)(lambda f, changes=_changes: _edit_config(f, **changes))
 
@@ -475,6 +476,19 @@ bad(41, "a head that was asked for", "missing qa_outputs.weight", "--heads", "sp
 bad(41, "a head that does not exist", "do not exist in this family", "--heads", "lm")(
     lambda f: None
 )
+
+
+@bad(41, "a head of a class that is not known", "RobertaForMultipleChoice, which is not read")
+def _(folder):
+    """Its tensors are named as those of a head that tells tokens apart."""
+    _edit_config(folder, model_type="roberta", architectures=["RobertaForMultipleChoice"])
+    head = {
+        "classifier.weight": np.ones((1, 16), np.float32),
+        "classifier.bias": np.ones(1, np.float32),
+    }
+    _edit(folder, lambda t: t | head)
+
+
 bad(41, "unknown tensors", "unknown adapters.0.weight")(
     lambda f: _edit(f, lambda t: t | {"adapters.0.weight": np.ones(3, np.float32)})
 )

@@ -375,6 +375,13 @@ def test_46_roberta_numbers_positions_from_pad_plus_one(tmp_path):
     assert (config.position_offset, config.max_length, config.pad_token_id) == (1, 19, 0)
 
 
+def test_46_xlm_r_under_the_name_of_roberta(tmp_path):
+    promised = ["XLMRobertaForQuestionAnswering"]
+    folder = _folder(tmp_path, bert_weights(), model_type="roberta", architectures=promised)
+    with pytest.raises(CheckpointError, match=r"missing qa_outputs\.weight"):
+        read_model(folder)
+
+
 def test_47_one_token_type(tmp_path):
     weights = bert_weights()
     weights["embeddings.token_type_embeddings.weight"] = np.ones((1, 16), np.float32)
