@@ -14,6 +14,7 @@ from minilm_jax.convert.hf_config import from_hf_config, to_hf_config
 from minilm_jax.convert.hub import resolve
 from minilm_jax.convert.matching import ENCODER_ALONE, Match, match_names, write_names
 from minilm_jax.convert.model import Model, flatten, nest
+from minilm_jax.convert.names import with_needed
 from minilm_jax.convert.orbax_form import is_orbax, read_orbax
 from minilm_jax.convert.output import replace_folder, write_json, write_manifest
 from minilm_jax.convert.safetensors_file import write_safetensors
@@ -99,10 +100,11 @@ def keep_heads(model: Model, heads: Iterable[str] | None) -> Model:
     """
     if heads is None:
         return model
-    missing = set(heads) - set(model.params)
+    wanted = with_needed(heads)
+    missing = wanted - set(model.params)
     if missing:
         raise CheckpointError(f"{model.source} has no {', '.join(sorted(missing))}")
-    kept = {part: model.params[part] for part in ("encoder", *heads)}
+    kept = {part: model.params[part] for part in ("encoder", *sorted(wanted - {"encoder"}))}
     return dataclasses.replace(model, params=kept)
 
 

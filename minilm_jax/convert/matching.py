@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from minilm_jax.convert.names import HEADS, TABLES, Row, Table
+from minilm_jax.convert.names import HEADS, TABLES, Row, Table, with_needed
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import CheckpointError
 
@@ -146,7 +146,7 @@ def write_names(
             f"no {config.model_type} class of Hugging Face holds the heads {sorted(heads)} "
             f"at once: write one of them"
         )
-    rows = _rows(config, {"encoder", *parts})
+    rows = _rows(config, {"encoder", *with_needed(parts)})
     foreign_shapes = {
         row.ours: tuple(shapes[row.ours])[:: -1 if row.transform == "transpose" else 1]
         for row in rows
@@ -237,7 +237,7 @@ def _choose_heads(
                 f"{file}: heads {sorted(unknown)} do not exist in this family; "
                 f"there are {', '.join(own)}"
             )
-        return sorted(heads)
+        return sorted(with_needed(heads))
     # XLM-R's classes are RoBERTa's under another name.
     classes = {
         name: parts
@@ -263,7 +263,7 @@ def _choose_heads(
     pooled = {r.foreign for r in table.rows if r.part == "sequence_classifier" and r.backbone}
     if pooled and "sequence_classifier" in found:
         found.discard("pooler")
-    return sorted(found)
+    return sorted(with_needed(found))
 
 
 def _which_classifier(

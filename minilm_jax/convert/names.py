@@ -5,7 +5,7 @@ matrix is transposed (PyTorch keeps dense weights as [out, in], Flax as [in, out
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from minilm_jax.encoder.config import Family
@@ -18,6 +18,12 @@ HEADS = (
     "token_classifier",
     "span",
 )
+
+
+def with_needed(parts: Iterable[str]) -> set[str]:
+    """Returns the parts and those they compute on: next sentences are told from the pooler's."""
+    wanted = set(parts)
+    return wanted | {"pooler"} if "next_sentence" in wanted else wanted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

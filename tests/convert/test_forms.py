@@ -118,6 +118,23 @@ def test_41_heads_are_read_as_asked(tmp_path):
         read_model(folder, heads=("pooler",))
 
 
+def test_41_next_sentences_are_told_from_the_pooler(good, tmp_path):
+    """Without it the class in PyTorch would draw one at random."""
+    head = {"kernel": np.ones((16, 2), np.float32), "bias": np.ones(2, np.float32)}
+    both = dataclasses.replace(good, params=good.params | {"next_sentence": {"output": head}})
+    kept = {"encoder", "pooler", "next_sentence"}
+    for write in (write_model, write_orbax):
+        folder = write(both, tmp_path / write.__name__)
+        assert set(read_model(folder, heads=("next_sentence",)).params) == kept
+    alone = {part: both.params[part] for part in ("encoder", "next_sentence")}
+    with pytest.raises(CheckpointError, match="missing pooler/dense/kernel"):
+        write_model(dataclasses.replace(good, params=alone), tmp_path / "out")
+    weights = safetensors.numpy.load_file(tmp_path / "write_model" / "model.safetensors")
+    unpooled = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    with pytest.raises(CheckpointError, match=r"missing pooler\.dense\.weight"):
+        read_model(_folder(tmp_path, unpooled))
+
+
 def test_41_the_encoder_alone_of_a_file_that_holds_more(good, tmp_path, capsys):
     more = {"foo.bar": np.ones(3, np.float32)}
     folder = _folder(tmp_path, bert_weights() | more, architectures=["BertForMaskedLM"])
