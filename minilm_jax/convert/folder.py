@@ -11,7 +11,7 @@ import numpy as np
 from minilm_jax.convert.card import model_card
 from minilm_jax.convert.files import DTYPES, FLOATS, OnTensor
 from minilm_jax.convert.hf_config import from_hf_config, to_hf_config
-from minilm_jax.convert.hub import resolve
+from minilm_jax.convert.hub import refuse_adapter, resolve
 from minilm_jax.convert.matching import ENCODER_ALONE, Match, match_names, write_names
 from minilm_jax.convert.model import Model, flatten, nest
 from minilm_jax.convert.names import with_needed
@@ -62,6 +62,8 @@ def read_model(
             _refuse_sick([x for name in leaves for x in _sick(name, leaves[name])], path)
         _check_labels(model.hf_config, leaves, path / "config.json")
         return model
+    if path.is_dir():
+        refuse_adapter(path)
     folder = path if path.is_dir() else path.parent
     config_file = _find_config(path)
     hf_config = read_json(config_file)

@@ -106,6 +106,15 @@ _FIXED: dict[Family, dict[str, tuple]] = {
     },
 }
 
+# Settings with which the weights are not those of the family, and the way out.
+_NEVER = {
+    # They belong to somebody's own code.
+    "auto_map": "names code in the repository, which is never executed here; "
+    "remove the key if the weights are those of the standard architecture",
+    "quantization_config": "says that the weights are quantised, which is not read; "
+    "convert the model from before, or what `model.dequantize()` and save_pretrained write",
+}
+
 
 def from_hf_config(hf: Mapping[str, Any], *, name: str) -> EncoderConfig:
     """Returns the encoder's shape; `name` is the file that errors speak of.
@@ -118,7 +127,9 @@ def from_hf_config(hf: Mapping[str, Any], *, name: str) -> EncoderConfig:
       ConfigError: the shape is impossible.
     """
     family = _family(hf, name)
-    _refuse_custom_code(hf, name)
+    for key, why in _NEVER.items():
+        if hf.get(key):
+            raise CheckpointError(f"{name}: {key} {why}")
     for key, allowed in _FIXED[family].items():
         value = hf.get(key, allowed[0] if allowed else None)
         if value is not None and value not in allowed:
@@ -192,15 +203,6 @@ def _family(hf: Mapping[str, Any], name: str) -> Family:
             f"{name}: model_type={value!r:.80} is not one of {', '.join(get_args(Family))}"
         )
     return cast(Family, value)
-
-
-def _refuse_custom_code(hf: Mapping[str, Any], name: str) -> None:
-    # The weights of such a model belong to somebody's own code, which is never run here.
-    if hf.get("auto_map"):
-        raise CheckpointError(
-            f"{name}: auto_map names code in the repository, which is never executed here; "
-            "remove the key if the weights are those of the standard architecture"
-        )
 
 
 def _is_integral(field: str) -> bool:

@@ -9,8 +9,9 @@ from minilm_jax.convert.weights import WEIGHT_FILES, find_weights
 from minilm_jax.data.tokenizers import TOKENIZER_FILES
 from minilm_jax.errors import CheckpointError
 
+_ADAPTER = "adapter_config.json"
 # What is read: never code, and one form of the weights, of which a repository may hold five.
-_SMALL = ["config.json", *TOKENIZER_FILES, *SENTENCE_FILES]
+_SMALL = ["config.json", _ADAPTER, *TOKENIZER_FILES, *SENTENCE_FILES]
 _FORMS = (
     ["model*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
@@ -56,8 +57,22 @@ def _download(source: str) -> Path:
         raise CheckpointError(
             f"{source} is no local path and cannot be fetched from the Hub: {first}"
         ) from error
+    refuse_adapter(folder)
     check_complete(folder, source=source)
     return folder
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Returns nothing; raises a CheckpointError where an adapter lies in a model's folder.
+
+    transformers adds it to the model beside it.
+    """
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder / _ADAPTER}: the folder holds an adapter (PEFT, LoRA), which changes what a "
+            "model computes: save what `merge_and_unload()` returns and convert that; to leave the "
+            "adapter out, name the model's own weight file"
+        )
 
 
 def check_complete(folder: Path, *, source: str) -> None:

@@ -393,6 +393,23 @@ for _changes, _says in (
     bad(34, f"config {_changes}", _says)(lambda f, changes=_changes: _edit_config(f, **changes))
 
 
+@bad(26, "quantised weights", "quantization_config says that the weights are quantised")
+def _(folder):
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    _edit_config(folder, quantization_config=settings)
+
+
+@bad(41, "an adapter beside the model", "adapter_config.json: the folder holds an adapter")
+def _(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+@bad(41, "an adapter without its model", "adapter_config.json: the folder holds an adapter")
+def _(folder):
+    _weights(folder).rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
 @bad(34, "config with NaN", "NaN is not a JSON number")
 def _(folder):
     file = folder / "config.json"
