@@ -15,7 +15,14 @@ from minilm_jax.errors import CheckpointError
 
 _MODULES, _POOLING = "modules.json", "1_Pooling/config.json"
 _LIMITS = "sentence_bert_config.json"
-SENTENCE_FILES = (_MODULES, _POOLING, _LIMITS)
+_SETTINGS = "config_sentence_transformers.json"
+SENTENCE_FILES = (_MODULES, _POOLING, _LIMITS, _SETTINGS)
+# What older releases called _LIMITS, by the kind of encoder.
+_OLDER_LIMITS = tuple(
+    f"sentence_{kind}_config.json" for kind in ("roberta", "distilbert", "camembert", "xlm-roberta")
+)
+SENTENCE_PATTERNS = (*SENTENCE_FILES, *_OLDER_LIMITS)
+"""What is fetched; every name that `read_sentence` looks for."""
 _MODES: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -31,6 +38,12 @@ class Sentence:
     """Whether embeddings are scaled to length 1."""
     max_length: int
     """Tokens at which texts are cut."""
+    lower_case: bool = False
+    """Whether texts are put in lower case before the tokenizer sees them."""
+    include_prompt: bool = True
+    """Whether the tokens of a prompt are pooled along."""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """config_sentence_transformers.json: prompts and the similarity; carried as they are."""
 
 
 def read_sentence(folder: Path, *, max_length: int) -> Sentence | None:
@@ -55,15 +68,30 @@ def read_sentence(folder: Path, *, max_length: int) -> Sentence | None:
         )
     if modules[0].get("path") != "" or modules[1].get("path") != "1_Pooling":
         raise CheckpointError(f"{file}: the modules lie in other folders than '' and '1_Pooling'")
+    pooling = read_json(folder / _POOLING)
+    limits = next((folder / f for f in (_LIMITS, *_OLDER_LIMITS) if (folder / f).exists()), None)
+    given = read_json(limits) if limits else {}
+    settings = folder / _SETTINGS
     return Sentence(
-        pooling=_pooling(folder / _POOLING),
+        pooling=_pooling(pooling, folder / _POOLING),
         normalize=len(kinds) == 3,
-        max_length=_max_length(folder / _LIMITS, max_length),
+        max_length=_max_length(given, limits, max_length),
+        lower_case=_flag(given, "do_lower_case", limits, default=False),
+        include_prompt=_flag(pooling, "include_prompt", folder / _POOLING, default=True),
+        settings=read_json(settings) if settings.exists() else {},
     )
 
 
-def _pooling(file: Path) -> Pooling:
-    settings = read_json(file)
+def _flag(settings: Mapping[str, Any], key: str, file: Path | None, *, default: bool) -> bool:
+    value = settings.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{file}: {key}={value!r:.40} is not true or false")
+    return value
+
+
+def _pooling(settings: Mapping[str, Any], file: Path) -> Pooling:
     # Newer folders name the mode; older ones hold a flag for each.
     chosen = settings.get("pooling_mode")
     if isinstance(chosen, str) and chosen in ("cls", "mean"):
@@ -74,8 +102,8 @@ def _pooling(file: Path) -> Pooling:
     return _MODES[on[0]]
 
 
-def _max_length(file: Path, default: int) -> int:
-    value: Any = read_json(file).get("max_seq_length") if file.exists() else None
+def _max_length(settings: Mapping[str, Any], file: Path | None, default: int) -> int:
+    value = settings.get("max_seq_length")
     if value is None:
         return default
     if type(value) is not int or not 0 < value <= default:
@@ -101,11 +129,15 @@ def write_sentence(folder: Path, sentence: Sentence, *, width: int) -> None:
     (folder / _POOLING).parent.mkdir()
     flags = {key: mode == sentence.pooling for key, mode in _MODES.items()}
     others = {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
+    # Releases before 2.4 refuse the key, which says nothing where it is true.
+    prompt = {} if sentence.include_prompt else {"include_prompt": False}
     write_json(
         folder / _POOLING,
-        {"word_embedding_dimension": width, **flags, **others},
+        {"word_embedding_dimension": width, **flags, **others, **prompt},
     )
     write_json(
         folder / _LIMITS,
-        {"max_seq_length": sentence.max_length, "do_lower_case": False},
+        {"max_seq_length": sentence.max_length, "do_lower_case": sentence.lower_case},
     )
+    if sentence.settings:
+        write_json(folder / _SETTINGS, sentence.settings)

@@ -487,13 +487,30 @@ def test_written_tokenizer_is_the_source(tmp_path):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_sentence_transformers_settings_travel_along(through, pooling, normalize, good, tmp_path):
-    sentence = Sentence(pooling=pooling, normalize=normalize, max_length=12)
+    sentence = Sentence(
+        pooling=pooling,
+        normalize=normalize,
+        max_length=12,
+        lower_case=normalize,
+        include_prompt=not normalize,
+        settings={"prompts": {"query": "query: "}, "similarity_fn_name": "dot"},
+    )
     write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "out")
     again = read_model(through(read_model(tmp_path / "out"), tmp_path / "between"))
     assert again.sentence == sentence
     write_model(again, tmp_path / "again")
-    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+    for name in SENTENCE_FILES:
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "out" / name).read_text()
+
+
+def test_limits_of_older_sentence_transformers(good, tmp_path):
+    sentence = Sentence(pooling="mean", normalize=False, max_length=12, lower_case=True)
+    out = write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "out")
+    (out / "sentence_bert_config.json").rename(out / "sentence_roberta_config.json")
+    assert read_model(out).sentence == sentence
+    (out / "sentence_roberta_config.json").write_text('{"do_lower_case": "no"}')
+    with pytest.raises(CheckpointError, match=r"roberta_config\.json: do_lower_case='no' is not"):
+        read_model(out)
 
 
 def test_unknown_pooling_is_refused(good, tmp_path):
@@ -558,7 +575,8 @@ def test_a_hub_id_gives_what_its_folder_gives(good, tmp_path, monkeypatch):
     """Everything that reading uses is fetched, and no more."""
     import huggingface_hub
 
-    sentence = Sentence(pooling="cls", normalize=True, max_length=12)
+    settings = {"prompts": {"query": "query: "}}
+    sentence = Sentence(pooling="cls", normalize=True, max_length=12, settings=settings)
     hosted = write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "hosted")
     for name in (*TOKENIZER_FILES, "modeling.py", "pytorch_model.bin", "onnx.model"):
         (hosted / name).touch()
