@@ -92,7 +92,7 @@ def write_export(
         triples = [(path, "F32", leaf.shape) for path, leaf in leaves.items()]
         write_safetensors(partial / PARAMETERS, triples, read=read)
         write_json(partial / "config.json", to_hf_config(model.config, model.hf_config))
-        (partial / "README.md").write_text(readme)
+        (partial / "README.md").write_text(readme, encoding="utf-8")
         write_manifest(partial, source=model.source, sha256=model.fingerprint)
         if check is not None:
             check(partial)

@@ -301,9 +301,9 @@ def write_model(
         _name_tokenizer(partial, model.config)
         if model.sentence is not None:
             write_sentence(partial, model.sentence, width=model.config.hidden_size)
-        (partial / "README.md").write_text(
-            model_card(model, architecture, stored_as=_names(codes), origin=origin)
-        )
+        card = model_card(model, architecture, stored_as=_names(codes), origin=origin)
+        # The source's path may hold what no text can.
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
         write_manifest(partial, source=model.source, sha256=model.fingerprint)
         if check is not None:
             check(partial)

@@ -1,5 +1,6 @@
 """From what a user calls a model to a local path: a folder, a file, or an id on the Hub."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def resolve(source: str | Path) -> Path:
     Raises:
       CheckpointError: there is no such folder, file or complete repository.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
+    with contextlib.suppress(RuntimeError):  # There is no such user.
+        path = path.expanduser()
     if path.exists():
         return path
     text = str(source)

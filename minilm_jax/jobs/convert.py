@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import shutil
 import sys
 import tempfile
@@ -57,8 +58,11 @@ class ConvertConfig:
     """Larger models are split into files of at most this many 10⁹ bytes."""
 
     def __post_init__(self) -> None:
-        if self.max_shard_gb <= 0:
-            raise ConfigError(f"--max-shard-gb must be positive, got {self.max_shard_gb}")
+        # NaN is neither, and infinity no number of bytes.
+        if not 0 < self.max_shard_gb * 1e9 < math.inf:
+            raise ConfigError(
+                f"--max-shard-gb must be positive and finite, got {self.max_shard_gb}"
+            )
         if self.to != "huggingface" and self.dtype not in ("source", "float32"):
             raise ConfigError(
                 f"--dtype {self.dtype} is for --to huggingface; --to {self.to} stores float32"

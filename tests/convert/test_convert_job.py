@@ -135,6 +135,8 @@ def test_progress_goes_to_stderr(config, monkeypatch, capsys):
     [
         ({"to": "orbax", "dtype": "float16"}, "--dtype float16 is for --to huggingface"),
         ({"max_shard_gb": 0.0}, "--max-shard-gb must be positive"),
+        ({"max_shard_gb": float("nan")}, "--max-shard-gb must be positive"),
+        ({"max_shard_gb": 1e300}, "--max-shard-gb must be positive and finite"),
     ],
 )
 def test_settings_that_fit_nothing(changes, says, config):

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -197,6 +198,15 @@ def test_two_heads_fit_no_class(good, tmp_path):
     lost = Model(config=good.config, params={"encoder": {}})
     with pytest.raises(CheckpointError, match="missing encoder/embeddings/word/embedding"):
         write_model(lost, tmp_path / "out")
+
+
+def test_a_source_whose_path_is_no_text(good, tmp_path):
+    """Names of files are bytes; the model card has what it can of them."""
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    (tmp_path / "good").rename(source)
+    out = write_model(read_model(source), tmp_path / "out")
+    _same(good, read_model(out))
+    assert f"{tmp_path}/?" in (out / "README.md").read_text("utf-8")
 
 
 # Dtypes
@@ -611,7 +621,9 @@ def test_offline_hub_is_one_sentence(monkeypatch):
         hub.resolve("org/name")
 
 
-@pytest.mark.parametrize("source", ["no/such/folder/here", "./nothing", "/nothing", "~nobody/x"])
+@pytest.mark.parametrize(
+    "source", ["no/such/folder/here", "./nothing", "/nothing", "~nobody/x", "~no such user/x"]
+)
 def test_what_is_no_hub_id_is_not_looked_up(source):
     with pytest.raises(CheckpointError, match="does not exist"):
         hub.resolve(source)
