@@ -224,12 +224,13 @@ def _check_labels(
     labels = hf_config.get("id2label")
     if labels is None:
         return
+    if not isinstance(labels, dict):
+        raise CheckpointError(f"{file}: id2label={labels!r:.80} is no object of names by number")
     for part in ("sequence_classifier", "token_classifier"):
         bias = leaves.get(f"{part}/output/bias")
-        if bias is not None and (not isinstance(labels, dict) or len(labels) != bias.size):
+        if bias is not None and len(labels) != bias.size:
             raise CheckpointError(
-                f"{file}: id2label has {len(labels) if isinstance(labels, dict) else labels!r} "
-                f"labels, the {part} {bias.size} outputs"
+                f"{file}: id2label has {len(labels)} labels, the {part} {bias.size} outputs"
             )
         if bias is not None and set(labels) != {str(i) for i in range(bias.size)}:
             raise CheckpointError(

@@ -146,6 +146,11 @@ def from_hf_config(hf: Mapping[str, Any], *, name: str) -> EncoderConfig:
     if family == "xlm":
         fields |= {"type_vocab_size": 0, "n_langs": _languages(hf, name)}
         fields["intermediate_size"] = 4 * fields["hidden_size"]
+    if fields["pad_token_id"] >= fields["vocab_size"]:
+        raise CheckpointError(
+            f"{name}: pad_token_id={fields['pad_token_id']} is no row of the "
+            f"{fields['vocab_size']} that vocab_size says"
+        )
     if family in ("roberta", "xlm-roberta"):
         fields["position_offset"] = fields["pad_token_id"] + 1
     try:

@@ -30,7 +30,8 @@ def load_torch(folder: Path, *, architecture: str) -> Any:
     """Returns the torch module of class `architecture`, in fp32 and evaluation mode.
 
     Raises:
-      CheckpointError: a weight is missing, unknown or misshaped; transformers only warns.
+      CheckpointError: a weight is missing, unknown or misshaped, of which transformers only
+        warns; or it cannot load the folder at all.
     """
     import torch
     import transformers
@@ -43,6 +44,12 @@ def load_torch(folder: Path, *, architecture: str) -> Any:
         module, info = getattr(transformers, architecture).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
+    except Exception as error:  # whatever a setting that says no shape makes it raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"transformers cannot load the {architecture} written: {first:.300}; correct the "
+            "source's config.json"
+        ) from error
     finally:
         logging.set_verbosity(before)
     faults = []

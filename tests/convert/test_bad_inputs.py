@@ -388,6 +388,8 @@ for _changes, _says in (
     ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
     ({"is_decoder": True}, "is_decoder=True"),
     ({"architectures": 3}, "architectures=3"),
+    ({"pad_token_id": 40}, "pad_token_id=40 is no row of the 40"),
+    ({"id2label": ["no", "yes"]}, "id2label=.* is no object"),
     ({"architectures": ["RobertaModel"]}, "RobertaModel, a class of roberta, but .* is bert"),
 ):
     bad(34, f"config {_changes}", _says)(lambda f, changes=_changes: _edit_config(f, **changes))

@@ -112,6 +112,16 @@ def test_verify_of_old_answering_models_with_a_pooler_of_no_use(tmp_path, capfd)
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.torch
+def test_verify_of_what_transformers_cannot_load(config, tmp_path):
+    pytest.importorskip("torch")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "none"}))
+    with pytest.raises(CheckpointError, match=r"cannot load the BertModel written: .*=\"none\""):
+        run(config, report=lambda line: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
 def test_heads_are_chosen(config):
     out = run(dataclasses.replace(config, heads=(), verify=False), report=lambda line: None)
     assert set(read_model(out).params) == {"encoder"}
