@@ -180,9 +180,9 @@ _DISGUISES = (
 )
 
 
-def refuse_disguise(path: Path, head: bytes) -> None:
+def refuse_disguise(path: Path | str, head: bytes) -> None:
     """Returns nothing; raises a CheckpointError when `head` starts a well-known other file."""
     start = head.lstrip()[:64].lower()
     for magic, what in _DISGUISES:
         if head.startswith(magic) or start.startswith(magic):
-            raise CheckpointError(f"{path} holds no weights but {what}")
+            raise CheckpointError(f"{path} holds not what its name says but {what}")

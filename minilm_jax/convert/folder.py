@@ -20,7 +20,7 @@ from minilm_jax.convert.output import replace_folder, write_json, write_manifest
 from minilm_jax.convert.safetensors_file import write_safetensors
 from minilm_jax.convert.sentence import read_sentence, write_sentence
 from minilm_jax.convert.strict_json import read_json
-from minilm_jax.convert.weights import Weights, find_weights, open_weights
+from minilm_jax.convert.weights import Weights, find_weights, instead, open_weights
 from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, TOKENIZER_FILES
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import CheckpointError
@@ -112,7 +112,10 @@ def keep_heads(model: Model, heads: Iterable[str] | None) -> Model:
 
 def _find_config(path: Path) -> Path:
     if path.is_dir():
-        return path / "config.json"
+        file = path / "config.json"
+        if not file.exists():
+            raise CheckpointError(f"{file} cannot be read: there is no such file{instead(path)}")
+        return file
     # Microsoft released minilm-l12-h384-uncased.bin beside minilm-l12-h384-uncased-config.json.
     stem = path.name.split(".")[0]
     for name in (f"{stem}-config.json", f"{stem}_config.json", "config.json"):

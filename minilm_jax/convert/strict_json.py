@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minilm_jax.convert.files import refuse_disguise
 from minilm_jax.errors import CheckpointError
 
 # The largest honest file here is an index of a sharded model, well under a megabyte.
@@ -47,6 +48,7 @@ def parse_json(raw: bytes, *, name: str) -> dict[str, Any]:
 
 
 def _parse(raw: bytes, *, name: str) -> Any:
+    refuse_disguise(name, raw[:64])
     if raw.startswith(b"\xef\xbb\xbf"):
         raise CheckpointError(f"{name} starts with a byte order mark: save it as plain UTF-8")
     try:

@@ -330,8 +330,9 @@ class _Machine:
         return values[::-1]
 
     def _set(self, key: Any, value: Any) -> None:
-        if type(key) is not str or not isinstance(self.stack[-1], dict):
-            raise TypeError("a state dict has names for keys")
+        # An optimizer's state, which is refused by its name later, has numbers for keys.
+        if type(key) not in (str, int) or not isinstance(self.stack[-1], dict):
+            raise TypeError("a dict with other keys than names and numbers")
         if key in self.stack[-1]:
             raise ValueError(f"{key!r:.200} stands twice")
         self.stack[-1][key] = value
@@ -397,13 +398,25 @@ def _named_tensors(path: Path, state: Any) -> dict[str, _Tensor]:
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict")
     if len(state) > MAX_TENSORS:
         raise CheckpointError(f"{path} names {len(state):,} tensors; at most {MAX_TENSORS:,}")
-    for name, value in state.items():
-        if not isinstance(value, _Tensor):
-            raise CheckpointError(
-                f"{path}: {name!r:.200} is a {type(value).__name__}, no tensor; "
-                f"save model.state_dict() alone"
-            )
+    _refuse_what_is_no_tensor(path, state, _Tensor)
     return state
+
+
+def _refuse_what_is_no_tensor(path: Path, state: dict[Any, Any], tensor: type) -> None:
+    for name, value in state.items():
+        if isinstance(name, str) and isinstance(value, tensor):
+            continue
+        # Trainers save the model's tensors as one value among others.
+        inner = [
+            key
+            for key, held in state.items()
+            if isinstance(held, dict) and held and all(isinstance(v, tensor) for v in held.values())
+        ]
+        raise CheckpointError(
+            f"{path}: {name!r:.200} is a {type(value).__name__}, no tensor by its name; "
+            + (f"save what stands under {inner[0]!r:.80}" if inner else "save model.state_dict()")
+            + " alone"
+        )
 
 
 def _place(path: Path, name: str, tensor: _Tensor, entry: _Entry) -> Stored:
@@ -473,12 +486,10 @@ def _load_legacy(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: torch refuses it: {first:.300}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict")
+    _refuse_what_is_no_tensor(path, state, torch.Tensor)
     arrays = {}
     for name, tensor in state.items():
-        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        if not isinstance(name, str):
-            raise CheckpointError(f"{path} names a tensor by a {type(name).__name__}, not by text")
-        if not dense or tensor.is_quantized:
+        if tensor.layout != torch.strided or tensor.is_quantized:
             raise CheckpointError(f"{path}: {name!r:.200} is no dense tensor")
         if tensor.dtype == torch.bfloat16:
             bits = tensor.detach().contiguous().view(torch.int16).numpy()

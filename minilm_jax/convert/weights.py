@@ -21,6 +21,14 @@ WEIGHT_FILES = (
     "flax_model.msgpack",
     "flax_model.msgpack.index.json",
 )
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+_SUFFIXES = (".safetensors", *_TORCH, ".msgpack")
+# What a trainer leaves beside weights.
+_BESIDE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)")
+_FOREIGN = {
+    "tf_model.h5": "TensorFlow's: transformers before 5 reads it (from_tf=True) and saves it anew",
+    "model.jaxexport": "an exported function, which is not read back: name what it was made of",
+}
 MAX_SHARDS = 1000
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
@@ -57,9 +65,24 @@ def find_weights(folder: Path) -> Path:
     for name in WEIGHT_FILES:
         if (folder / name).exists():
             return folder / name
-    others = sorted(p.name for p in folder.glob("*.bin"))
-    hint = f"; name one of its files instead: {', '.join(others[:5])}" if others else ""
-    raise CheckpointError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}{hint}")
+    raise CheckpointError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}{instead(folder)}")
+
+
+def instead(folder: Path) -> str:
+    """Returns what to name instead of `folder`, which holds no model; nothing if nothing helps."""
+    if not folder.is_dir():
+        return ""
+    for form, way_out in _FOREIGN.items():
+        if (folder / form).exists():
+            return f"; {form} is {way_out}"
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for kind, found in (
+        ("folders", [p.name for p in inside if any((p / name).exists() for name in WEIGHT_FILES)]),
+        ("files", [p.name for p in inside if p.suffix in _SUFFIXES and not _BESIDE.match(p.name)]),
+    ):
+        if found:
+            return f"; name one of its {kind} instead: {', '.join(found[:5])}"
+    return ""
 
 
 def open_weights(path: Path, *, sha256: str | None = None) -> Weights:
@@ -109,11 +132,11 @@ def open_file(path: Path) -> TensorSource:
     """Returns one open weight file, by the reader its name asks for."""
     if path.suffix == ".safetensors":
         return open_safetensors(path)
-    if path.suffix in (".bin", ".pt"):
+    if path.suffix in _TORCH:
         return open_torch(path)
     if path.suffix == ".msgpack":
         return open_msgpack(path)
-    raise CheckpointError(f"{path} is none of .safetensors, .bin, .pt, .msgpack")
+    raise CheckpointError(f"{path} is none of {', '.join(_SUFFIXES)}")
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 import tyro
 
 from minilm_jax.convert.export import input_names, load_export, write_export
+from minilm_jax.convert.files import refuse_disguise
 from minilm_jax.convert.folder import Dtype, read_model, write_model
 from minilm_jax.convert.hf_config import from_hf_config
 from minilm_jax.convert.model import Model, flatten
@@ -28,7 +29,7 @@ from minilm_jax.convert.verify import (
     refuse_disagreement,
 )
 from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, TOKENIZER_FILES, load_tokenizer
-from minilm_jax.errors import CheckpointError, ConfigError
+from minilm_jax.errors import CheckpointError, ConfigError, DataError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +144,16 @@ def _tokenizer(model: Model, config: ConvertConfig, scratch: Path) -> tuple[Path
     folder = model.tokenizer_folder or _beside(Path(config.source), scratch)
     if folder is None:
         raise CheckpointError(f"{config.source} has no tokenizer: {way_out}")
+    for file in (folder / name for name in TOKENIZER_FILES):
+        if file.is_file():
+            with file.open("rb") as opened:
+                refuse_disguise(file, opened.read(64))
     if model.config.model_type == "xlm":
         return _xlm_tokenizer(model, folder)
-    return load_tokenizer(folder, vocab_size=model.config.vocab_size).files
+    try:
+        return load_tokenizer(folder, vocab_size=model.config.vocab_size).files
+    except DataError as error:
+        raise CheckpointError(f"{error}; --tokenizer none leaves it out") from error
 
 
 def _beside(source: Path, scratch: Path) -> Path | None:

@@ -288,6 +288,14 @@ bad(26, "a shape that is a list", "shape or strides that are no tuple")(
 bad(27, "a number among the tensors", "'epoch' is a int")(
     lambda f: _bin(f, {"a": _GOOD, "epoch": ta.number(3)}, _FOUR)
 )
+_STATE = {
+    "epoch": ta.number(3),
+    "state_dict": b"}(" + ta.text("a") + _GOOD + b"u",
+    "optimizer": b"}(K\x00" + _GOOD + b"u",
+}
+bad(27, "a trainer's state", "'epoch' is a int, .* save what stands under 'state_dict' alone")(
+    lambda f: _bin(f, _STATE, _FOUR)
+)
 bad(27, "a whole module", "transformers.models.bert")(
     lambda f: _bin(f, {"a": ta.name("transformers.models.bert", "BertModel")})
 )
@@ -424,6 +432,29 @@ def _(folder):
     file.write_text(file.read_text().replace("1e-12", "1e999"))
 
 
+for _what, _name, _says in (
+    ("TensorFlow's", "tf_model.h5", "tf_model.h5 is TensorFlow's"),
+    ("an export's", "model.jaxexport", "an exported function, which is not read back"),
+    ("a variant's", "model.fp16.safetensors", "name one of its files instead: model.fp16.s"),
+    ("a trainer's", "training_args.bin", r"flax_model.msgpack.index.json$"),
+):
+    bad(30, f"{_what} files alone", _says)(lambda f, name=_name: _weights(f).rename(f / name))
+
+
+@bad(30, "a trainer's folder of checkpoints", "config.json cannot be .* instead: checkpoint-500")
+def _(folder):
+    (folder / "checkpoint-500").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(folder / "checkpoint-500" / name)
+
+
+_LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+bad(18, "Git LFS pointer for a config", "config.json holds not what .* Git LFS pointer")(
+    lambda f: (f / "config.json").write_bytes(_LFS)
+)
+bad(18, "LFS for a tokenizer", "bpe.model holds .* Git LFS pointer", "--tokenizer", "copy")(
+    lambda f: (f / "sentencepiece.bpe.model").write_bytes(_LFS)
+)
 bad(34, "config of 17 MB", "too large")(
     lambda f: (f / "config.json").write_bytes(b'{"a":"' + b"x" * 17 * 2**20 + b'"}')
 )
@@ -440,7 +471,13 @@ bad(36, "vocabulary smaller than its table", r"embeddings.word_embeddings.weight
     lambda f: _edit_config(f, vocab_size=39)
 )
 bad(37, "no tokenizer", "has no tokenizer", "--tokenizer", "copy")(lambda f: None)
-bad(37, "tokenizer of another model", "the model only 40", "--tokenizer", "copy")(
+bad(
+    37,
+    "tokenizer of another model",
+    "the model only 40 .*; --tokenizer none",
+    "--tokenizer",
+    "copy",
+)(
     lambda f: (f / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(90))])
     )

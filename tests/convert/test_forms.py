@@ -258,6 +258,23 @@ def test_39_nonfinite_weights_by_request(tmp_path):
 # Containers
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt"])
+def test_other_names_of_torch_archives(suffix, good, tmp_path):
+    file = _folder(tmp_path) / f"best{suffix}"
+    ta.save(file, bert_weights())
+    _same(good, read_model(file))
+
+
+@pytest.mark.torch
+def test_a_trainers_state_of_older_torch_says_what_to_save(tmp_path):
+    torch = pytest.importorskip("torch")
+    file = _folder(tmp_path) / "pytorch_model.bin"
+    state = {"epoch": 3, "state_dict": {"a": torch.ones(4)}}
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"'epoch' is a int, .* under 'state_dict' alone"):
+        read_model(file)
+
+
 def test_torch_archive_without_torch(good, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     folder = _folder(tmp_path)
