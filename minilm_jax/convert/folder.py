@@ -77,6 +77,8 @@ def read_model(
             architectures=_architectures(hf_config, config_file),
             heads=heads,
         )
+        if any(match.ours.startswith("mlm/") for match in reading.matches):
+            _refuse_untied(hf_config, config_file)
         for name in reading.buffers:
             _check_buffer(weights, name)
         leaves, dtypes = _read_leaves(weights, reading.matches, nonfinite, on_tensor)
@@ -129,6 +131,16 @@ def _architectures(hf_config: Mapping[str, Any], file: Path) -> tuple[str, ...]:
     if not isinstance(found, list | tuple) or not all(isinstance(a, str) for a in found):
         raise CheckpointError(f"{file}: architectures={found!r:.80} is not a list of names")
     return tuple(found)
+
+
+def _refuse_untied(hf_config: Mapping[str, Any], file: Path) -> None:
+    # Only the masked LM has a decoder to tie.
+    for key in ("tie_word_embeddings", "tie_weights_"):
+        value = hf_config.get(key, True)
+        if value not in (True, None):
+            raise CheckpointError(
+                f"{file}: {key}={value!r:.80} is not supported with a masked LM; {ENCODER_ALONE}"
+            )
 
 
 def _read_leaves(

@@ -78,7 +78,6 @@ _BERT_FIXED = {
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({}, []),
     "embedding_size": (),
@@ -88,13 +87,10 @@ _FIXED: dict[Family, dict[str, tuple]] = {
     "roberta": _BERT_FIXED,
     "xlm-roberta": _BERT_FIXED,
     "distilbert": {
-        "tie_word_embeddings": (True,),
-        "tie_weights_": (True,),
         "chunk_size_feed_forward": (0,),
         "pruned_heads": ({}, []),
     },
     "xlm": {
-        "tie_word_embeddings": (True,),
         "asm": (False,),
         "causal": (False,),
         "is_encoder": (True,),
@@ -177,6 +173,7 @@ def to_hf_config(
         kept[entry.name] = getattr(config, ours)
     kept["model_type"] = config.model_type
     kept["tie_word_embeddings"] = True
+    kept.pop("tie_weights_", None)
     if config.model_type == "xlm":
         if config.intermediate_size != 4 * config.hidden_size:
             raise CheckpointError(

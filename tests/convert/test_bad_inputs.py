@@ -551,25 +551,31 @@ bad(41, "unknown tensors", "unknown adapters.0.weight")(
 bad(41, "another position buffer", "not the usual one")(
     lambda f: _edit(f, lambda t: t | {"embeddings.position_ids": np.arange(20)[None] + 2})
 )
+
+
+def _mlm() -> dict[str, np.ndarray]:
+    shapes = {
+        "decoder.weight": (40, 16),
+        "bias": (40,),
+        "transform.dense.weight": (16, 16),
+        "transform.dense.bias": (16,),
+        "transform.LayerNorm.weight": (16,),
+        "transform.LayerNorm.bias": (16,),
+    }
+    return {f"cls.predictions.{name}": np.ones(s, np.float32) for name, s in shapes.items()}
+
+
 bad(42, "decoder that is not the embedding", "must be the same tensor")(
-    lambda f: _edit(
-        f,
-        lambda t: (
-            t
-            | {
-                "cls.predictions.decoder.weight": t["embeddings.word_embeddings.weight"] + 1,
-                "cls.predictions.bias": np.ones(40, np.float32),
-                "cls.predictions.transform.dense.weight": np.ones((16, 16), np.float32),
-                "cls.predictions.transform.dense.bias": np.ones(16, np.float32),
-                "cls.predictions.transform.LayerNorm.weight": np.ones(16, np.float32),
-                "cls.predictions.transform.LayerNorm.bias": np.ones(16, np.float32),
-            }
-        ),
-    )
+    lambda f: _edit(f, lambda t: t | _mlm())
 )
-bad(42, "untied by config", "tie_word_embeddings=False")(
-    lambda f: _edit_config(f, tie_word_embeddings=False)
-)
+
+
+@bad(42, "untied by config", "tie_word_embeddings=False .* empty --heads")
+def _(folder):
+    _edit(folder, lambda t: t | {n: a for n, a in _mlm().items() if "decoder" not in n})
+    _edit_config(folder, tie_word_embeddings=False)
+
+
 bad(43, "gamma and weight at once", "twice embeddings.LayerNorm.weight")(
     lambda f: _edit(f, lambda t: t | {"embeddings.LayerNorm.gamma": np.ones(16, np.float32)})
 )

@@ -111,6 +111,16 @@ def test_42_tied_decoder(decoder, tmp_path):
     np.testing.assert_array_equal(model.params["encoder"]["embeddings"]["word"]["embedding"], table)
 
 
+def test_42_an_encoder_that_was_trained_with_an_untied_decoder(tmp_path):
+    settings = {"architectures": ["BertForMaskedLM"], "tie_word_embeddings": False}
+    untied = {"cls.predictions.decoder.weight": np.ones((40, 16), np.float32)}
+    folder = _folder(tmp_path, _mlm("both") | untied, **settings)
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings=False .* an empty --heads"):
+        read_model(folder)
+    out = write_model(read_model(folder, heads=()), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_41_heads_are_read_as_asked(tmp_path):
     folder = _folder(tmp_path, _mlm("both"))
     assert set(read_model(folder).params) == {"encoder", "mlm"}
