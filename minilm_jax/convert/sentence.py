@@ -71,14 +71,15 @@ def read_sentence(folder: Path, *, max_length: int) -> Sentence | None:
     pooling = read_json(folder / _POOLING)
     limits = next((folder / f for f in (_LIMITS, *_OLDER_LIMITS) if (folder / f).exists()), None)
     given = read_json(limits) if limits else {}
-    settings = folder / _SETTINGS
+    settings = read_json(folder / _SETTINGS) if (folder / _SETTINGS).exists() else {}
+    settings.pop("__version__", None)  # Who wrote it, which is us.
     return Sentence(
         pooling=_pooling(pooling, folder / _POOLING),
         normalize=len(kinds) == 3,
         max_length=_max_length(given, limits, max_length),
         lower_case=_flag(given, "do_lower_case", limits, default=False),
         include_prompt=_flag(pooling, "include_prompt", folder / _POOLING, default=True),
-        settings=read_json(settings) if settings.exists() else {},
+        settings=settings,
     )
 
 
