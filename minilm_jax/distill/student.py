@@ -101,14 +101,22 @@ def check_start(config: StudentConfig, teacher: EncoderConfig) -> None:
     """
     student = student_encoder_config(config, teacher)
     _check_layers(config, teacher)
-    if config.init == "random" and config.embeddings == "random":
-        return
-    for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
-        if getattr(student, name) > getattr(teacher, name):
+    larger = larger_sizes(student, teacher)
+    # Embeddings have neither heads nor a feed-forward network.
+    kept_out = {"init": larger, "embeddings": [name for name in larger if name == "hidden_size"]}
+    for setting, names in kept_out.items():
+        if getattr(config, setting) == "teacher" and names:
             raise ConfigError(
-                f"student.{name}={getattr(student, name)} is larger than the teacher's "
-                f"{getattr(teacher, name)} and cannot start from it; use init=random"
+                f"the student's {names[0]}={getattr(student, names[0])} is larger than the "
+                f"teacher's {getattr(teacher, names[0])} and cannot start from it; use "
+                f"student.{setting}=random"
             )
+
+
+def larger_sizes(student: EncoderConfig, teacher: EncoderConfig) -> list[str]:
+    """Returns in what the student's blocks are larger than those they would be cut from."""
+    sizes = ("hidden_size", "num_attention_heads", "head_size", "intermediate_size")
+    return [name for name in sizes if getattr(student, name) > getattr(teacher, name)]
 
 
 def _check_layers(config: StudentConfig, teacher: EncoderConfig) -> None:

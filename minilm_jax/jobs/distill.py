@@ -15,6 +15,7 @@ from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.distill.objectives import RelationObjective
+from minilm_jax.distill.student import larger_sizes
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import running
@@ -171,7 +172,8 @@ class _Run:
         # Functions of the config alone: a resumed run finds the same.
         figures = {"before": evaluate(start())}
         figures["untrained"] = evaluate(start(init="random", embeddings="random"))
-        if _fits_in(self.shape, teacher.config):
+        fewer = self.shape.num_hidden_layers <= teacher.config.num_hidden_layers
+        if fewer and not larger_sizes(self.shape, teacher.config):
             figures["copied"] = evaluate(start(init="teacher"))
         goodput.lap("evaluation")
         described = describe(config, teacher=teacher.fingerprint)
@@ -271,11 +273,6 @@ def _evaluator(
         return float(whole.value())
 
     return evaluate
-
-
-def _fits_in(student: EncoderConfig, teacher: EncoderConfig) -> bool:
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    return all(getattr(student, name) <= getattr(teacher, name) for name in names)
 
 
 def _opening(

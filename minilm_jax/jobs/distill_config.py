@@ -158,8 +158,8 @@ def check_settings(config: DistillConfig, teacher: EncoderConfig) -> EncoderConf
             "minilm-jax prepare and give text.corpora"
         )
     student = student_encoder_config(config.student, teacher)
-    check_start(config.student, teacher)
     config.objective.check(teacher, student)
+    check_start(config.student, teacher)
     if config.batch.sequence_length > teacher.max_length:
         raise ConfigError(
             f"batch.sequence_length={config.batch.sequence_length} is longer than the teacher's "

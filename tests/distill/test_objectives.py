@@ -342,8 +342,23 @@ def test_a_student_larger_than_its_start_is_refused(params):
     )
     with pytest.raises(ConfigError, match=r"hidden_size=48 is larger than the teacher's 24"):
         init_student(jax.random.key(0), config, TEACHER, params[0]["encoder"])
+    with pytest.raises(ConfigError, match=r"head_size=12 is larger than the teacher's 6"):
+        wider = dataclasses.replace(
+            config, hidden_size=24, num_attention_heads=2, intermediate_size=48
+        )
+        check_start(wider, TEACHER)
     with pytest.raises(ConfigError, match=r"student: num_attention_heads=5"):
         student_encoder_config(StudentConfig(num_attention_heads=5), TEACHER)
+
+
+def test_embeddings_alone_ask_for_a_width_alone():
+    config = StudentConfig(
+        num_hidden_layers=2, hidden_size=24, num_attention_heads=8, intermediate_size=400,
+        embeddings="teacher",
+    )  # fmt: skip
+    check_start(config, TEACHER)
+    with pytest.raises(ConfigError, match=r"hidden_size=48 .* student.embeddings=random"):
+        check_start(dataclasses.replace(config, hidden_size=48), TEACHER)
 
 
 def test_a_student_has_its_teachers_dropout_or_its_own():

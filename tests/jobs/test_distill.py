@@ -134,6 +134,21 @@ def test_minilmv2_with_other_heads_and_a_lower_layer(config):
     assert exported["attention_probs_dropout_prob"] == 0.1
 
 
+def test_a_student_of_fewer_but_wider_heads_is_compared_with_no_cut_of_the_teacher(config):
+    """32 units in 2 heads of 16, where the teacher's 48 are 4 of 12: no cut has that shape."""
+    config = dataclasses.replace(
+        config,
+        objective=minilmv2(heads=8, teacher_layer=4, student_layer=2),
+        student=StudentConfig(
+            num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=32
+        ),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        train=TrainConfig(steps=2, devices=1),
+    )
+    result, _ = run(config)
+    assert set(result.heldout) == {"before", "untrained", "after"}
+
+
 def test_a_run_stopped_by_a_signal_continues_to_the_same_student(config, tmp_path):
     """In processes of their own, as users start them: SIGTERM saves, exits with 75, resumes."""
     experiment = tmp_path / "experiment.py"
