@@ -52,7 +52,14 @@ class RelationObjective(Objective):
     """Of the relation loss."""
 
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
-        """Raises ConfigError where heads, widths or layers do not fit."""
+        """Raises ConfigError where heads, widths or layers do not fit, or a weight is off."""
+        weights = {f"objective.relations: {name}": weight for name, weight in self.relations}
+        for name, weight in (weights | {"objective.value_mse": self.value_mse}).items():
+            if not weight >= 0:
+                raise ConfigError(
+                    f"{name} has the weight {weight}, which would drive the student away from its "
+                    "teacher; give 0 or more"
+                )
         if not self._weighted() and not self.value_mse:
             raise ConfigError(
                 "objective.relations is empty or all of weight 0: there is nothing to distil"

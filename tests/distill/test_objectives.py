@@ -279,6 +279,8 @@ def test_bfloat16_stays_near_fp32(params):
         (RelationObjective(layers=((4, 2), (4, 2))), {}, {}, r"layers names \(4, 2\) twice"),
         (RelationObjective(relations=(("qk", 1.0), ("qk", 0.5))), {}, {}, r"names qk twice"),
         (RelationObjective(relations=()), {}, {}, r"relations is empty"),
+        (RelationObjective(relations=(("qk", -1.0),)), {}, {}, r"relations: qk has .* -1.0"),
+        (RelationObjective(value_mse=float("nan")), {}, {}, r"value_mse has the weight nan"),
         (RelationObjective(relations=(("qk", 0.0),)), {}, {}, r"all of weight 0"),
     ],
 )
