@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import types
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
@@ -261,8 +261,9 @@ def _quiet_libraries() -> None:
     # Orbax logs kilobytes about what it then raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minilm_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    with suppress(RuntimeError):  # a user without a home keeps none
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "minilm_jax" / "xla"))
     if not [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]:
         # libtpu is installed where TPU programs are only compiled; without a chip it would ask
         # the cloud's metadata server for one, for minutes, and complain of what it finds.

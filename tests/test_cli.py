@@ -233,3 +233,17 @@ def test_a_terminal_without_unicode_is_written_to_all_the_same():
 def test_the_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_a_user_without_a_home_keeps_no_compiled_programs(monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for cache, expected in (("", None), ("/cache", "/cache/minilm_jax/xla")):
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        assert cli.main(["distil"]) == 2
+        assert "did you mean 'distill'" in capsys.readouterr().err
+        assert os.environ.get("JAX_COMPILATION_CACHE_DIR") == expected
