@@ -32,7 +32,7 @@ def open_run(
     A new or empty folder gets `config.json`, and so does one of ours in which no step was taken:
     what was wrong can be mended. A folder of this very run is continued. Anything else is refused,
     so that no run ever overwrites another's results. Libraries or code that changed since are told
-    in a warning.
+    in a warning, unless the run is finished: nothing is computed with them any more.
 
     Args:
       folder: where the run writes.
@@ -58,8 +58,9 @@ def open_run(
             raise ConfigError(f"output {folder} is in use by another process") from None
         if (folder / RESULT).exists():
             _refuse_to_change_the_past(folder, config)
-        settle(folder / CONFIG, config, override=override)
-        _note_versions(folder / VERSIONS)
+        else:
+            settle(folder / CONFIG, config, override=override)
+            _note_versions(folder / VERSIONS)
         yield
 
 

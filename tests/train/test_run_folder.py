@@ -153,3 +153,15 @@ def test_other_versions_on_resume_are_told(tmp_path, caplog):
     assert 'revision: "0123abc" -> ' in caplog.text
     assert len(caplog.records) == 2
     assert json.loads(versions.read_text()) == now
+
+
+def test_a_finished_runs_versions_stay_those_it_was_computed_with(tmp_path, caplog):
+    with open_run(tmp_path, CONFIG_A):
+        (tmp_path / METRICS).touch()
+        (tmp_path / RESULT).touch()
+    versions = tmp_path / "versions.json"
+    versions.write_text(json.dumps({**json.loads(versions.read_text()), "jax": "0.4.1"}))
+    with open_run(tmp_path, CONFIG_A):
+        pass
+    assert not caplog.records
+    assert json.loads(versions.read_text())["jax"] == "0.4.1"
