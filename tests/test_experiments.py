@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from minilm_jax.cli import load_experiment, parse
-from minilm_jax.distill.student import init_student, student_encoder_config
+from minilm_jax.distill.student import check_start, init_student, student_encoder_config
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.encoder.heads import MaskedLM
 from minilm_jax.jobs import distill
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig
+from minilm_jax.jobs.recipes import at_toy_size
 from minilm_jax.train.optimizer import make_optimizer
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_step
@@ -119,6 +120,25 @@ def test_a_smoke_variant_runs_to_its_student(file, tmp_path):
     result = distill.run(config, say=lambda _: None)
     assert (Path(result.student) / "model.safetensors").exists()
     assert all(abs(value) < 1e3 for value in result.heldout.values())
+
+
+@pytest.mark.parametrize(
+    "output, smoke",
+    [("runs/a/b", "runs/smoke/a/b"), ("/disk/a", "runs/smoke/disk/a"), ("a", "runs/smoke/a")],
+)
+def test_a_run_at_toy_size_has_a_folder_of_its_own_wherever_the_run_lies(output, smoke):
+    config = load_experiment(str(ROOT / "experiments" / "minilm_v2" / "bert_base_6x384.py"))
+    toy = at_toy_size(dataclasses.replace(config, output=Path(output)))
+    assert toy.output == Path(smoke)
+
+
+def test_a_student_cut_from_its_teacher_is_one_at_toy_size():
+    config = load_experiment(str(ROOT / "experiments" / "minilm_v2" / "bert_base_6x384.py"))
+    cut = dataclasses.replace(
+        config.student, init="teacher", teacher_layers=(1, 2, 3, 4, 5, 12), intermediate_size=1536
+    )
+    toy = at_toy_size(dataclasses.replace(config, student=cut))
+    check_start(toy.student, toy.teacher.shape)
 
 
 def test_an_objective_of_ones_own_needs_one_file(tmp_path, tiny_teacher, text_file):

@@ -149,7 +149,8 @@ def at_toy_size(config: Config) -> Config:
     """Returns the same run at toy size: random weights, seconds instead of weeks, no network.
 
     Family, attention heads, relation heads, objective and the order of operations are those of the
-    run; a quarter of the layers, narrow ones, on a small vocabulary, for three steps.
+    run; a quarter of the layers, narrow ones, on a small vocabulary, for three steps. A
+    student that starts from its teacher takes layers evenly spread.
     """
     if isinstance(config, ChainConfig):
         return ChainConfig(
@@ -165,12 +166,14 @@ def at_toy_size(config: Config) -> Config:
         objective = dataclasses.replace(objective, layers=tuple(sorted(pairs)))
     return dataclasses.replace(
         config,
-        output=Path("runs/smoke") / config.output.relative_to("runs"),
+        output=_smoke_folder(config.output),
         teacher=teacher,
         student=dataclasses.replace(
             config.student,
             num_hidden_layers=_quarter(config.student.num_hidden_layers),
             hidden_size=_toy_width(config.student.num_attention_heads, config),
+            intermediate_size=None,
+            teacher_layers=(),
         ),
         objective=objective,
         text=TextConfig(source=TextSource(format="machine-docs"), heldout=0.01, evaluate_batches=1),
@@ -179,6 +182,13 @@ def at_toy_size(config: Config) -> Config:
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
         train=dataclasses.replace(config.train, steps=3, log_every=1, save_every=2),
     )
+
+
+def _smoke_folder(output: Path) -> Path:
+    """Returns the folder of a run at toy size, apart from that of the run itself."""
+    runs = Path("runs")
+    inside = output.relative_to(runs if output.is_relative_to(runs) else output.anchor)
+    return runs / "smoke" / inside
 
 
 def _toy_shape(shape: EncoderConfig, config: DistillConfig) -> EncoderConfig:
