@@ -22,6 +22,7 @@ from minilm_jax.cli import load_experiment
 from minilm_jax.encoder.config import Attention
 from minilm_jax.jobs.distill_config import DistillConfig
 from minilm_jax.jobs.plan import abstract_step
+from minilm_jax.jobs.teacher import describe_teacher
 from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hardware import GIB
@@ -77,7 +78,7 @@ def compiled(
         compute=dataclasses.replace(config.compute, attention=attention),
     )
     devices = Devices(devices=described_devices("gpu-h100-1"))
-    step, *arguments = abstract_step(config, devices)
+    step, *arguments = abstract_step(config, describe_teacher(config), devices)
     program = step.lower(*arguments).compile()
     return program.as_text(), program.memory_analysis().temp_size_in_bytes
 

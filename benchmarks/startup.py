@@ -33,6 +33,7 @@ from minilm_jax.distill.student import StudentConfig
 from minilm_jax.encoder.encoder import encode, init_params
 from minilm_jax.jobs.distill_config import DistillConfig, TeacherConfig, TextConfig
 from minilm_jax.jobs.plan import abstract_step
+from minilm_jax.jobs.teacher import describe_teacher
 from minilm_jax.train.devices import Devices
 
 TITLE = """# Start-up and compilation
@@ -130,7 +131,9 @@ def compile_step(folder: Path) -> tuple[float, float]:
         objective=minilmv2(heads=48, teacher_layer=12, student_layer=12),
         batch=BatchConfig(batch_size=16, sequence_length=128),
     )
-    step, *arguments = abstract_step(config, Devices(devices=jax.devices()[:1]))
+    step, *arguments = abstract_step(
+        config, describe_teacher(config), Devices(devices=jax.devices()[:1])
+    )
     return compile_seconds(lambda: step.lower(*arguments))
 
 

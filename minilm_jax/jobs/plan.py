@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from minilm_jax.convert.model import Model
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, check_settings
 from minilm_jax.jobs.distill_step import (
@@ -153,8 +154,9 @@ def make_plan(
       option: what the options of this run begin with.
     """
     devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
-    step, state, frozen, batch = abstract_step(config, devices)
-    flops = step_flops(config, describe_teacher(config), config.batch.sequence_length)
+    teacher = describe_teacher(config)
+    step, state, frozen, batch = abstract_step(config, teacher, devices)
+    flops = step_flops(config, teacher, config.batch.sequence_length)
     refusal, memory, bytes_accessed = "", None, 0.0
     try:
         compiled = step.lower(state, frozen, batch).compile()
@@ -193,12 +195,16 @@ def make_plan(
     return plan if plan.fits else dataclasses.replace(plan, advice=_advice(config, devices, option))
 
 
-def abstract_step(config: DistillConfig, devices: Devices) -> tuple[Any, Any, Any, Any]:
+def abstract_step(
+    config: DistillConfig, teacher: Model, devices: Devices
+) -> tuple[Any, Any, Any, Any]:
     """Returns the lifted step of a run and the shapes (state, frozen, batch) it takes.
 
-    No weight is read where `teacher.shape` is given.
+    Args:
+      config: of the run.
+      teacher: its parameters may be shapes.
+      devices: they may be only described.
     """
-    teacher = describe_teacher(config)
     check_settings(config, teacher.config)
     loss = make_loss(config, teacher.config)
     optimizer = make_run_optimizer(config, teacher.config)
