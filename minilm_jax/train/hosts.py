@@ -72,7 +72,7 @@ def join(config: HostsConfig, *, say: Callable[[str], None] = print) -> None:
     if config.start != "one" and not jax.distributed.is_initialized():
         if config.start == "explicit":
             say(f"process {config.process} of {config.processes}: waiting for the others")
-            _refuse_an_absent_coordinator(config)
+            _check_coordinator(config)
         # JAX ends a process that waits too long from C++, with a stack trace and no exception to
         # catch; so a sentence and an exit of our own come first.
         watchdog = threading.Timer(config.patience_s, _give_up, (config,))
@@ -196,7 +196,7 @@ def _give_up(config: HostsConfig) -> None:
     os._exit(EXIT_INCOMPLETE)
 
 
-def _refuse_an_absent_coordinator(config: HostsConfig) -> None:
+def _check_coordinator(config: HostsConfig) -> None:
     host, _, port = str(config.coordinator).rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"hosts.coordinator is host:port, got {config.coordinator!r}")
