@@ -15,8 +15,8 @@ class EncoderConfig:
     """Shape and constants of one encoder; field names are those of Hugging Face's config.json.
 
     Every family here is the same post-LayerNorm Transformer. They differ in what is added up in
-    the embeddings, and those differences are the fields below; nothing else looks at `model_type`
-    but the converters, which need it for names.
+    the embeddings, and those differences are the fields below. No part of the encoder looks at
+    `model_type`: it is for heads, tokenizers and names in files.
     """
 
     model_type: Family = "bert"
