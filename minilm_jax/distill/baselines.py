@@ -23,7 +23,7 @@ from minilm_jax.distill.objective import (
     batch_counts,
 )
 from minilm_jax.distill.objectives import check_layers, mean_squared_error, uniform_layers
-from minilm_jax.distill.relations_blocked import Wanted
+from minilm_jax.distill.relations_blocked import Wanted, products_precision
 from minilm_jax.encoder.attention import Projections
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import EncoderOutput, encode
@@ -427,9 +427,10 @@ def attention_scores(projections: Projections, heads: int) -> Float[Array, "B H 
     def split(x: Array) -> Array:
         return x.astype(jnp.float32).reshape(B, L, heads, D // heads).transpose(0, 2, 1, 3)
 
-    scale = (D // heads) ** -0.5
-    query, key = split(projections.query) * scale, split(projections.key)
-    return jnp.einsum("bhqk,bhlk->bhql", query, key)
+    query, key = split(projections.query), split(projections.key)
+    # Left to itself an accelerator would multiply fp32 arrays in fewer bits.
+    precision = products_precision(projections.query, projections.key)
+    return jnp.einsum("bhqk,bhlk->bhql", query, key, precision=precision) * (D // heads) ** -0.5
 
 
 def cosine(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[Array, "*n"]:

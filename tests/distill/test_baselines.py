@@ -18,6 +18,7 @@ from minilm_jax.distill.baselines import (
     soft_labels,
 )
 from minilm_jax.distill.objectives import RelationObjective, uniform_layers
+from minilm_jax.encoder.attention import Projections
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import EncoderOutput, encode, init_params
 from minilm_jax.errors import ConfigError
@@ -151,6 +152,24 @@ def test_tinybert_compares_mapped_layers_through_one_projection():
             errors.append(((wanted - ours) ** 2).ravel() / 4)
     expected = np.concatenate(errors).sum() / (valid.sum(1) ** 2).sum()
     np.testing.assert_allclose(found.terms["attention_4_2"].value(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, precision", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_tinyberts_attention_scores_are_fp32_on_accelerators_too(dtype, precision):
+    """Which a CPU cannot show: it multiplies fp32 arrays in fp32 whatever it is told."""
+    x = jnp.ones((1, 4, 24), dtype)
+    projections = Projections(x, x, x)
+    (product,) = (
+        equation
+        for equation in jax.make_jaxpr(baselines.attention_scores, static_argnums=1)(
+            projections, 4
+        ).eqns
+        if equation.primitive.name == "dot_general"
+    )
+    assert {x.name for x in product.params["precision"]} == {precision}
+    scores = baselines.attention_scores(projections, 4)
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores, 6**0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
