@@ -40,16 +40,21 @@ class Devices:
             # By process, so that a process's rows of the batch are neighbours.
             devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         if count is not None and count > len(devices):
-            raise ConfigError(f"devices={count}: there are {len(devices)}")
+            raise ConfigError(
+                f"train.devices={count}: there are {len(devices)}; leave it out to take all"
+            )
         if count is not None and count < len(devices) and jax.process_count() > 1:
             raise ConfigError(
-                f"devices={count}: several processes use all of their {len(devices)} devices"
+                f"train.devices={count}: several processes use all of their {len(devices)} "
+                "devices; leave it out"
             )
         self.devices = devices[:count]
         if lift == "pmap" and fsdp != 1:
-            raise ConfigError(f"fsdp={fsdp} needs lift=mesh: pmap replicates the parameters")
+            raise ConfigError(
+                f"train.fsdp={fsdp} needs train.lift=mesh: pmap replicates the parameters"
+            )
         if len(self.devices) % fsdp:
-            raise ConfigError(f"fsdp={fsdp} does not divide {len(self.devices)} devices")
+            raise ConfigError(f"train.fsdp={fsdp} does not divide {len(self.devices)} devices")
         if len(self.devices) == 1:
             lift = "mesh"  # One jit. A pmap would sum over its one device: copy every gradient.
         self.lift = lift
@@ -70,7 +75,7 @@ class Devices:
         """Raises ConfigError unless the global batch divides over devices and micro-batches."""
         if batch_size % (self.count * accumulate):
             raise ConfigError(
-                f"batch_size={batch_size} does not divide over {self.count} devices × "
+                f"batch.batch_size={batch_size} does not divide over {self.count} devices × "
                 f"{accumulate} micro-batches; the next that does is "
                 f"{-(-batch_size // (self.count * accumulate)) * self.count * accumulate}"
             )

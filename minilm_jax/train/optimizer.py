@@ -53,7 +53,7 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """Returns step (from 0) -> learning rate; 0 at step 0 when there is a warm-up, as in BERT."""
     if config.warmup_steps >= steps > 0:
         raise ConfigError(
-            f"warmup_steps={config.warmup_steps} must be below the run's steps={steps}"
+            f"optimizer.warmup_steps={config.warmup_steps} must be below the run's steps={steps}"
         )
     after = steps - config.warmup_steps
     peak = config.learning_rate
