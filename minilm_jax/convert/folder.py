@@ -97,18 +97,18 @@ def read_model(
 
 
 def keep_heads(model: Model, heads: Iterable[str] | None) -> Model:
-    """Returns `model` with these heads alone; None keeps all.
+    """Returns `model` with these heads and what they compute on alone; None keeps all.
 
     Raises:
       CheckpointError: it lacks one of them.
     """
-    if heads is None:
-        return model
-    wanted = with_needed(heads)
+    wanted = {"encoder"} | with_needed(model.params if heads is None else heads)
     missing = wanted - set(model.params)
     if missing:
-        raise CheckpointError(f"{model.source} has no {', '.join(sorted(missing))}")
-    kept = {part: model.params[part] for part in ("encoder", *sorted(wanted - {"encoder"}))}
+        raise CheckpointError(
+            f"{model.source or 'the model to write'} has no {', '.join(sorted(missing))}"
+        )
+    kept = {part: model.params[part] for part in sorted(wanted)}
     return dataclasses.replace(model, params=kept)
 
 
@@ -285,6 +285,7 @@ def write_model(
         is too large for `dtype`.
     """
     target = Path(folder)
+    model = keep_heads(model, None)
     leaves = dict(flatten(model.params))
     architecture, matches = write_names(
         {path: tuple(leaf.shape) for path, leaf in leaves.items()}, config=model.config

@@ -146,7 +146,7 @@ def write_names(
             f"no {config.model_type} class of Hugging Face holds the heads {sorted(heads)} "
             f"at once: write one of them"
         )
-    rows = _rows(config, {"encoder", *with_needed(parts)})
+    rows = _rows(config, {"encoder", *parts})
     foreign_shapes = {
         row.ours: tuple(shapes[row.ours])[:: -1 if row.transform == "transpose" else 1]
         for row in rows

@@ -138,7 +138,7 @@ def test_41_next_sentences_are_told_from_the_pooler(good, tmp_path):
         folder = write(both, tmp_path / write.__name__)
         assert set(read_model(folder, heads=("next_sentence",)).params) == kept
     alone = {part: both.params[part] for part in ("encoder", "next_sentence")}
-    with pytest.raises(CheckpointError, match="missing pooler/dense/kernel"):
+    with pytest.raises(CheckpointError, match="good has no pooler"):
         write_model(dataclasses.replace(good, params=alone), tmp_path / "out")
     weights = safetensors.numpy.load_file(tmp_path / "write_model" / "model.safetensors")
     unpooled = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
