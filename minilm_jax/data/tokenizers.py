@@ -202,6 +202,10 @@ def _stretches(text: str, *, keep_space: bool) -> list[str]:
     return [*stretches, text[begin:]]
 
 
+class OtherRulesError(DataError):
+    """A tokenizer that is right, and divides text by rules that are not rebuilt here."""
+
+
 def load_tokenizer(folder: str | Path, *, vocab_size: int | None = None) -> Tokenizer:
     """Returns the tokenizer of a model folder.
 
@@ -211,8 +215,9 @@ def load_tokenizer(folder: str | Path, *, vocab_size: int | None = None) -> Toke
         vocab_size: Rows of the model's embedding table, to be compared with.
 
     Raises:
+        OtherRulesError: It is XLM's, or a BERT's for Japanese, or another that is not rebuilt here.
         DataError: No tokenizer is there, it is broken, has more ids than the model has rows or
-            so few that it belongs to another model, knows no word at all, or is XLM's.
+            so few that it belongs to another model, or knows no word at all.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -387,8 +392,17 @@ def _without_specials(spec: dict) -> dict:
     return spec
 
 
+# They have a vocab.txt too; read as BERT's it would give pieces of other words, in silence.
+_OTHER_RULES = ("BertJapaneseTokenizer", "BertweetTokenizer", "PhobertTokenizer")
+
+
 def _load_vocab_txt(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json")
+    if (name := settings.get("tokenizer_class")) in _OTHER_RULES:
+        raise OtherRulesError(
+            f"{folder}: {name} divides words by rules that are not rebuilt here: its models can be"
+            " converted, not distilled, fine-tuned or evaluated"
+        )
     lines = (folder / "vocab.txt").read_text("utf-8").split("\n")
     pieces = [line.rstrip("\r") for line in lines]
     while pieces and not pieces[-1]:
@@ -445,7 +459,7 @@ def _load_merges(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     # one after a space.
     vocab = _read_json(folder / "vocab.json")
     if sum(piece.endswith("</w>") for piece in vocab) > sum(piece[:1] == "Ġ" for piece in vocab):
-        raise DataError(
+        raise OtherRulesError(
             f"{folder}: vocab.json and merges.txt are XLM's, whose own BPE is not rebuilt here: XLM"
             " models can be converted, not distilled, fine-tuned or evaluated"
         )

@@ -28,7 +28,12 @@ from minilm_jax.convert.verify import (
     random_batch,
     refuse_disagreement,
 )
-from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, TOKENIZER_FILES, load_tokenizer
+from minilm_jax.data.tokenizers import (
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILES,
+    OtherRulesError,
+    load_tokenizer,
+)
 from minilm_jax.errors import CheckpointError, ConfigError, DataError
 
 
@@ -152,6 +157,8 @@ def _tokenizer(model: Model, config: ConvertConfig, scratch: Path) -> tuple[Path
         return _xlm_tokenizer(model, folder)
     try:
         return load_tokenizer(folder, vocab_size=model.config.vocab_size).files
+    except OtherRulesError:
+        return _files(folder)
     except DataError as error:
         raise CheckpointError(f"{error}; --tokenizer none leaves it out") from error
 
@@ -175,6 +182,10 @@ def _xlm_tokenizer(model: Model, folder: Path) -> tuple[Path, ...]:
             f"{folder / 'vocab.json'} has {entries:,} entries, the model "
             f"{model.config.vocab_size:,} rows: it belongs to another model"
         )
+    return _files(folder)
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
 
 

@@ -517,6 +517,16 @@ def test_written_tokenizer_is_the_source(tmp_path):
     assert AutoTokenizer.from_pretrained(out).tokenize("Abc") == ["a", "##b", "##c"]
 
 
+def test_a_tokenizer_of_other_rules_travels_along(tmp_path):
+    folder = _folder(tmp_path, bert_weights())
+    _vocabulary(folder / "vocab.txt")
+    settings = '{"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}'
+    (folder / "tokenizer_config.json").write_text(settings)
+    out = run(ConvertConfig(source=str(folder), target=tmp_path / "out"), report=lambda line: None)
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
 # Sentence embeddings
 
 

@@ -145,6 +145,17 @@ def test_xlms_own_bpe_is_not_read_as_robertas(tmp_path):
             load_tokenizer(tmp_path)
 
 
+def test_a_vocabulary_of_other_rules_is_not_read_as_berts(bert_folder, tmp_path):
+    """BERT's for Japanese have a vocab.txt, and divide words by MeCab."""
+    copy(bert_folder, tmp_path, "vocab.txt")
+    settings = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=r"BertJapaneseTokenizer .* can be converted, not distill"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    assert load_tokenizer(tmp_path).kind == "wordpiece"
+
+
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(TEXT, max_size=4))
 @example(texts=["a\x0bb c\x1cd", "", " ", "word " * 40])
