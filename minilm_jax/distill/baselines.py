@@ -58,7 +58,7 @@ class VocabularyObjective(Objective):
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
         """Raises ConfigError where a weight is off, or vocabularies or widths must be equal."""
         weights = (self.soft_weight, self.hard_weight, self.cosine_weight)
-        if min(weights) < 0 or not any(weights):
+        if not all(weight >= 0 for weight in weights) or not any(weights):
             raise ConfigError(f"objective weights are {weights}: none below 0, not all 0")
         if not self.temperature > 0:
             raise ConfigError(f"objective.temperature must be above 0, got {self.temperature}")

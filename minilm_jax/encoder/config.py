@@ -92,7 +92,8 @@ class Compute:
     """How an encoder computes; parameters, softmax, norms and reductions are fp32 throughout."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products; bfloat16 on accelerators."""
+    """Of the matrix products; bfloat16 on accelerators. Left to itself JAX multiplies float32 in
+    fewer bits there (TPU: bfloat16, GPU: TF32); JAX_DEFAULT_MATMUL_PRECISION=highest does not."""
     remat: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
     attention: Attention = "auto"

@@ -67,6 +67,7 @@ def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[R
     devices = Devices(config.lift)
     devices.check_batch(config.batch.batch_size)
     rows: list[ResultRow] = []
+    asked = parts(config)
     for source, name in zip(config.models, names, strict=True):
         model, tokenizer = load(source)
         check_name(name, task, model, config.output / RESULTS)
@@ -84,8 +85,8 @@ def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[R
             compute=config.compute,
         )
         folder = config.output / PREDICTIONS / _as_folder(name)
-        for part in parts(config):
-            data = evaluator.read(config.data, part, limit=config.limit)
+        # All of them before the first is scored: a missing file must not come to light after it.
+        for data in [evaluator.read(config.data, part, limit=config.limit) for part in asked]:
             report_skips(data, say)
             result = evaluator.score(model.params, data)
             evaluator.write(result, folder)
@@ -94,7 +95,7 @@ def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[R
             )
             append_rows(config.output / RESULTS, found)
             rows += found
-            say(f"{name}  {task.name} {part}  {describe_scores(result.scores)}")
+            say(f"{name}  {task.name} {data.part}  {describe_scores(result.scores)}")
     write_tables(config.output)
     say(f"\npredictions  {config.output / PREDICTIONS}\nresults      {config.output / RESULTS}")
     say(f"tables       {config.output / TABLES}")

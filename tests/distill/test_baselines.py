@@ -1,6 +1,7 @@
 """The objectives MiniLM is compared with, against plain numpy, and what they must not depend on."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -390,6 +391,7 @@ def test_layers_are_mapped_evenly():
     "objective,student,message",
     [
         (distilbert(), NARROW, r"hidden_size=8 must be the teacher's 16"),
+        (VocabularyObjective(hard_weight=math.nan), STUDENT, r"none below 0"),
         (soft_labels(temperature=0.0), STUDENT, r"temperature must be above 0"),
         (soft_labels(), dataclasses.replace(STUDENT, vocab_size=41), r"one vocabulary"),
         (TinyBertObjective(), dataclasses.replace(STUDENT, num_attention_heads=2), r"heads=2"),
