@@ -56,6 +56,14 @@ class Objective:
         """Returns how tokens are masked; None where the text is read as it is."""
         return None
 
+    def heldout_name(self) -> str:
+        """Returns what a run calls its held-out loss."""
+        return "loss"
+
+    def written_out(self) -> "Objective":
+        """Returns the same loss without loops of unknown length, whose FLOPs can be counted."""
+        return self
+
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
         """Returns fresh parameters trained beside the encoder: heads, learned projections."""
         return {}

@@ -140,6 +140,14 @@ class RelationObjective(Objective):
 
         return loss
 
+    def heldout_name(self) -> str:
+        """Returns the paper's name of it, where it is nothing else."""
+        return "loss" if self.value_mse else "relation KL, mean over documents"
+
+    def written_out(self) -> "RelationObjective":
+        """Returns the loss with its relations materialised: blocks go as far as rows are long."""
+        return dataclasses.replace(self, implementation="reference")
+
     def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
         """Returns what lies behind the last distilled layer's projections.
 

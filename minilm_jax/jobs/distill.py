@@ -14,7 +14,6 @@ import numpy as np
 from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer
-from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.distill.student import larger_sizes
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import ConfigError
@@ -318,9 +317,7 @@ def _summarise(result: DistillResult, config: DistillConfig, say: Callable[[str]
         "untrained": "reference: untrained student",
         "copied": f"reference: the teacher's {copied}, not trained",
     }
-    relations = isinstance(config.objective, RelationObjective)
-    what = "relation KL, mean over documents" if relations else "loss"
-    say(f"\nheld-out {what} (lower is nearer to the teacher)")
+    say(f"\nheld-out {config.objective.heldout_name()} (lower is nearer to the teacher)")
     for name, text in lines.items():
         if name in result.heldout:
             say(f"  {result.heldout[name]:8.4f}  {text}")

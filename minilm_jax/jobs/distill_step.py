@@ -11,7 +11,6 @@ import optax
 
 from minilm_jax.convert.model import Model
 from minilm_jax.distill.objective import Batch, LossFunction, Params, check_loss
-from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.distill.student import init_student, student_encoder_config
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.jobs.distill_config import DistillConfig
@@ -87,11 +86,8 @@ def step_flops(config: DistillConfig, teacher: Model, length: int) -> int:
       teacher: its parameters may be shapes.
       length: tokens of a row.
     """
-    objective = config.objective
-    if isinstance(objective, RelationObjective):
-        # The others loop over blocks as far as the longest row, which a trace cannot know.
-        objective = dataclasses.replace(objective, implementation="reference")
-        config = dataclasses.replace(config, objective=objective)
+    objective = config.objective.written_out()
+    config = dataclasses.replace(config, objective=objective)
     start = functools.partial(initial_params, config, teacher.config)
     return gradient_flops(
         make_loss(config, teacher.config),

@@ -104,9 +104,9 @@ class _Training:
         self.every = schedule.evaluate_every or an_epoch
         self.optimizer_config = config.optimizer
         if schedule.warmup_ratio:
-            self.optimizer_config = dataclasses.replace(
-                config.optimizer, warmup_steps=round(schedule.warmup_ratio * self.steps)
-            )
+            # Of very few steps, at least the last is none of warm-up.
+            warmup = min(round(schedule.warmup_ratio * self.steps), self.steps - 1)
+            self.optimizer_config = dataclasses.replace(config.optimizer, warmup_steps=warmup)
         self.optimizer = make_optimizer(self.optimizer_config, steps=self.steps)
 
     def run(self) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import pytest
 
 from minilm_jax.cli import load_experiment
 from minilm_jax.distill.objective import Objective
+from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.errors import ConfigError
-from minilm_jax.jobs.distill_step import make_loss
+from minilm_jax.jobs.distill_step import make_loss, step_flops
+from minilm_jax.jobs.plan import describe_teacher
 from minilm_jax.reductions import Loss, Mean
 
 SMOKE = Path(__file__).parents[2] / "experiments" / "minilm_v2" / "bert_base_6x384.py"
@@ -71,3 +73,38 @@ def test_an_objective_without_a_loss_is_refused():
     config = dataclasses.replace(config, objective=Objective())
     with pytest.raises(ConfigError, match="objective Objective has no make_loss"):
         make_loss(config, config.teacher.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrapped(Objective):
+    """The paper's objective inside one's own, which says itself how its FLOPs are counted."""
+
+    inner: RelationObjective
+
+    def make_loss(self, teacher, student, compute):
+        return self.inner.make_loss(teacher, student, compute)
+
+    def teacher_layers(self, teacher):
+        return self.inner.teacher_layers(teacher)
+
+    def written_out(self):
+        return dataclasses.replace(self, inner=self.inner.written_out())
+
+
+def test_flops_of_relations_are_counted_in_an_objective_of_ones_own():
+    config = load_experiment(f"{SMOKE}:smoke")
+    teacher = describe_teacher(config)
+
+    def counted(objective):
+        return step_flops(dataclasses.replace(config, objective=objective), teacher, 32)
+
+    # Left in blocks, whose number a trace cannot know, relations count as one block.
+    assert counted(Wrapped(inner=config.objective)) > counted(InBlocks(inner=config.objective))
+    assert counted(Wrapped(inner=config.objective)) == counted(config.objective)
+
+
+class InBlocks(Wrapped):
+    """As `Wrapped`, and never written out."""
+
+    def written_out(self):
+        return self
