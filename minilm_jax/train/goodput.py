@@ -44,8 +44,8 @@ class Goodput:
         self._starts: list[dict[str, Any]] = []
         if path is not None:
             # An account that is missing or unreadable is no reason not to train.
-            with contextlib.suppress(OSError, ValueError):
-                self._starts = json.loads(path.read_text())["starts"]
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self._starts = list(json.loads(path.read_text())["starts"])
         elapsed = time.monotonic() - self._last
         self._now: dict[str, Any] = {"began": time.time() - elapsed, "seconds": {}}
         self._starts.append(self._now)

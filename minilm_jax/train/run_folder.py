@@ -151,7 +151,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+        raise ConfigError(
+            f"{path} is damaged, it is not JSON ({error}): copy it back, or give another --output"
+        ) from None
 
 
 def jsonable(value: Any) -> Any:

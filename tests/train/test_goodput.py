@@ -81,8 +81,9 @@ def test_a_restart_far_back_loses_all_of_the_starts_between(tmp_path, clock):
     assert account.seconds["training"] == pytest.approx((2 + 6) * 1.5)
 
 
-def test_an_unreadable_account_is_begun_anew(tmp_path, clock):
+@pytest.mark.parametrize("said", ['{"starts": [{"beg', "{}", "[]", '{"starts": 3}'])
+def test_an_unreadable_account_is_begun_anew(said, tmp_path, clock):
     path = tmp_path / "goodput.json"
-    path.write_text('{"starts": [{"beg')
+    path.write_text(said)
     assert start(path, clock, first=0, last=1, each=1.0).account().starts == 1
     assert len(json.loads(path.read_text())["starts"]) == 1

@@ -103,7 +103,7 @@ def test_a_broken_config_is_named(tmp_path):
     (tmp_path / CONFIG).write_text("{half")
     (tmp_path / METRICS).touch()
     with (
-        pytest.raises(ConfigError, match=r"config\.json is not JSON"),
+        pytest.raises(ConfigError, match=r"config\.json is damaged, .* copy it back"),
         open_run(tmp_path, CONFIG_A),
     ):
         pass
