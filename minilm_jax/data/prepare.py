@@ -43,7 +43,7 @@ from minilm_jax.errors import DataError
 from minilm_jax.signals import starting_processes
 
 _CHUNK_CHARACTERS = 1 << 20
-_SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout")
 _NO_TOKENS = "no tokens"
 
 
@@ -202,7 +202,7 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
             f"{output}: was begun with other settings ({'; '.join(changed)}); give a new folder or"
             " delete it"
         )
-    for name in ("tokenizer", "records", *_SPLITS):
+    for name in ("tokenizer", "records", *SPLITS):
         if (output / name).exists():
             shutil.rmtree(output / name)
 
@@ -226,7 +226,7 @@ def _as_options(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _has_tokens(output: Path) -> bool:
     """Tells whether any finished shard holds a token: else nothing is lost by beginning anew."""
-    shards = (path for split in _SPLITS for path in (output / split).glob("*.tokens"))
+    shards = (path for split in SPLITS for path in (output / split).glob("*.tokens"))
     return (output / MANIFEST).is_file() or any(path.stat().st_size for path in shards)
 
 
@@ -299,7 +299,7 @@ def _remove_leftovers(output: Path, keys: set[str]) -> None:
         for record in _records(output, key)
         for shard in record.splits.values()
     }
-    for folder in (*_SPLITS, "records"):
+    for folder in (*SPLITS, "records"):
         for path in (output / folder).glob("*"):
             name, _, _ = path.name.partition(".")
             known = name.rpartition("-")[0] in keys if folder == "records" else name in kept
@@ -351,7 +351,7 @@ def _prepare_part(task: _Task, tokenizer: Tokenizer, report: Report) -> None:
     while not last:
         writers = {
             split: ShardWriter(task.output / split, f"{task.part.key}-{number:05d}", task.dtype)
-            for split in (_SPLITS if task.holdout_fraction else _SPLITS[:1])
+            for split in (SPLITS if task.holdout_fraction else SPLITS[:1])
         }
         try:
             last = True
@@ -566,7 +566,7 @@ class _Meter:
 
 
 def _manifest(tasks: list[_Task], tokenizer: Tokenizer, settings: dict[str, Any]) -> Manifest:
-    splits: dict[str, list[Shard]] = {split: [] for split in _SPLITS}
+    splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     skipped: Counter[str] = Counter()
     for task in tasks:
         records = _records(task.output, task.part.key)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilm_jax.data.corpus import Manifest
-from minilm_jax.data.prepare import Progress, prepare
+from minilm_jax.data.prepare import SPLITS, Progress, prepare
 from minilm_jax.data.sources import TextSource
 from minilm_jax.signals import stoppable
 
@@ -43,7 +43,7 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
             shard_tokens=config.shard_tokens,
             progress=bar.show if bar else None,
         )
-    for split in ("train", "heldout"):
+    for split in SPLITS:
         if shards := manifest.splits.get(split):
             documents = sum(shard.documents for shard in shards)
             tokens = sum(shard.tokens for shard in shards)
