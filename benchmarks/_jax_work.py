@@ -20,9 +20,9 @@ from minilm_jax.encoder.heads import pool
 from minilm_jax.jobs.teacher import needed_params
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import LossFunction, make_evaluation, make_step
+from minilm_jax.train.step import LossFunction, make_evaluation, make_given, make_step
 
 Batch = Mapping[str, np.ndarray]
 STEPS = 400_000
@@ -129,21 +129,22 @@ def _training(
     devices: Devices | None = None,
 ) -> Work:
     devices = devices or Devices(devices=jax.devices()[:1])
-    optimizer = make_optimizer(OptimizerConfig(), steps=STEPS, undecayed=undecayed)
-    step = devices.lift_step(make_step(loss, optimizer, seed=0))
+    optimizer = make_optimizer(OptimizerConfig(), undecayed=undecayed)
+    step = devices.lift_step(make_step(loss, optimizer))
     evaluate = devices.lift_evaluation(make_evaluation(loss))
-    frozen = devices.place(frozen)
+    schedule = make_schedule(OptimizerConfig(), steps=STEPS)
+    given = devices.place(make_given(frozen, seed=0, schedule=schedule))
     rows = devices.rows(setting.batch)
     placed = [
         devices.place_batch({name: x[rows] for name, x in batch.items()}) for batch in batches
     ]
     state = devices.place(create_state({"encoder": student.params["encoder"]}, optimizer))
-    check = float(evaluate(state.params, frozen, placed[0]).value())
+    check = float(evaluate(state.params, given.frozen, placed[0]).value())
 
     def run() -> None:
         nonlocal state
         for batch in placed:
-            state, metrics = step(state, frozen, batch)
+            state, metrics = step(state, given, batch)
             jax.block_until_ready((state, metrics))
 
     return Work(run, lambda: check, _peak_of_accelerator(setting))

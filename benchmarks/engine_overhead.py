@@ -37,6 +37,7 @@ from minilm_jax.train.goodput import GOODPUT, Goodput
 from minilm_jax.train.loop import fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.state import TrainState, create_state
+from minilm_jax.train.step import Given, make_given
 
 STEP_S = 0.1
 PARAMETERS = 33_000_000
@@ -62,7 +63,7 @@ class SleepingStep:
             "counts": {"tokens": jnp.float32(32768), "documents": jnp.float32(256)},
         }
 
-    def __call__(self, state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
+    def __call__(self, state: TrainState, given: Given, batch: Any) -> tuple[TrainState, Any]:
         """Returns the state a step further, and metrics."""
         self.began.append(time.perf_counter())
         time.sleep(STEP_S)
@@ -95,7 +96,7 @@ def loop_cost(*, steps: int, log_every: int) -> np.ndarray:
         fit(
             step,
             lambda: state,
-            None,
+            make_given(None, seed=0),
             batches,
             config=config,
             devices=devices,
@@ -106,7 +107,6 @@ def loop_cost(*, steps: int, log_every: int) -> np.ndarray:
                 first_step=first,
                 devices=devices.devices,
             ),
-            schedule=optax.constant_schedule(1e-3),
             goodput=Goodput(Path(folder) / GOODPUT),
             flops=lambda batch: 10**12,
         )

@@ -14,9 +14,9 @@ from minilm_jax.encoder.heads import MaskedLM
 from minilm_jax.jobs import distill
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig
 from minilm_jax.jobs.recipes import at_toy_size
-from minilm_jax.train.optimizer import make_optimizer
+from minilm_jax.train.optimizer import make_optimizer, make_schedule
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_step
+from minilm_jax.train.step import make_given, make_step
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
@@ -55,9 +55,8 @@ def trace(config):
     shape, objective = config.teacher.shape, config.objective
     student = student_encoder_config(config.student, shape)
     objective.check(shape, student)
-    optimizer = make_optimizer(
-        config.optimizer, steps=config.train.steps, undecayed=objective.unreached(student)
-    )
+    optimizer = make_optimizer(config.optimizer, undecayed=objective.unreached(student))
+    schedule = make_schedule(config.optimizer, steps=config.train.steps)
 
     def start(frozen):
         key = jax.random.key(0)
@@ -74,8 +73,10 @@ def trace(config):
         "labels": tokens,
         "rows": jax.ShapeDtypeStruct((2,), jnp.int32),
     }
-    step = make_step(objective.make_loss(shape, student, config.compute), optimizer, seed=0)
-    after, metrics = jax.eval_shape(step, state, frozen, batch)
+    step = make_step(objective.make_loss(shape, student, config.compute), optimizer)
+    after, metrics = jax.eval_shape(
+        step, state, make_given(frozen, seed=0, schedule=schedule), batch
+    )
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
     assert metrics["loss"].shape == ()
 

@@ -19,18 +19,25 @@ from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import running
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, DistillResult, check_settings
-from minilm_jax.jobs.distill_step import initial_params, make_loss, make_run_optimizer, model_flops
+from minilm_jax.jobs.distill_step import (
+    initial_params,
+    make_loss,
+    make_run_optimizer,
+    model_flops,
+    run_given,
+)
 from minilm_jax.jobs.running import (
     describe,
     describe_devices,
     join_hosts,
+    lift_step,
     open_checkpoints,
     open_devices,
     open_goodput,
     own_folder,
     write_result,
 )
-from minilm_jax.jobs.teacher import learn_tokenizer, load_teacher, needed_params, open_tokenizer
+from minilm_jax.jobs.teacher import learn_tokenizer, load_teacher, open_tokenizer
 from minilm_jax.jobs.text import Splits, check_source, make_masking, open_splits, tokenise
 from minilm_jax.reductions import Loss
 from minilm_jax.signals import stoppable
@@ -39,8 +46,9 @@ from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hosts import fail_together, writes
 from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
-from minilm_jax.train.optimizer import evaluated_params, make_schedule
+from minilm_jax.train.optimizer import evaluated_params
 from minilm_jax.train.run_folder import METRICS, RESULT, STUDENT, check_run, read_json, settle
+from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation
 
 PLOT = "loss.png"
@@ -155,11 +163,11 @@ class _Run:
                 settle(config.output / "data.json", train.describe(), override=config.override)
         mask = make_masking(config, tokenizer)
         loss = make_loss(config, teacher.config)
-        frozen = devices.place(needed_params(teacher, config.objective))
+        given = devices.place(run_given(config, teacher))
         rows = devices.rows(config.batch.batch_size)
         held = itertools.islice(heldout.evaluation_batches(rows=rows), config.text.evaluate_batches)
         evaluate = _evaluator(
-            devices, loss, frozen, [mask(batch, step) for step, batch in enumerate(held)]
+            devices, loss, given.frozen, [mask(batch, step) for step, batch in enumerate(held)]
         )
 
         def start(**changes: Any) -> dict[str, Any]:
@@ -176,6 +184,7 @@ class _Run:
             figures["copied"] = evaluate(start(init="teacher"))
         goodput.lap("evaluation")
         described = describe(config, teacher=teacher.fingerprint)
+        optimizer = make_run_optimizer(config, teacher.config)
         with open_checkpoints(
             config.output,
             config.train,
@@ -183,17 +192,15 @@ class _Run:
             keep_best=config.train.evaluate_every > 0,
         ) as checkpoints:
             state = running.train(
-                loss,
-                make_run_optimizer(config, teacher.config),
-                start,
-                frozen,
+                lift_step(loss, optimizer, config=config.train, devices=devices),
+                lambda: create_state(start(), optimizer),
+                given,
                 lambda number: mask(train.at(number, rows=rows), number),
                 output=config.output,
                 config=config.train,
                 described=described,
                 devices=devices,
                 checkpoints=checkpoints,
-                schedule=make_schedule(config.optimizer, steps=config.train.steps),
                 goodput=goodput,
                 flops=model_flops(config, teacher),
                 evaluate=lambda state: Evaluation(

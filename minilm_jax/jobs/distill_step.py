@@ -17,7 +17,8 @@ from minilm_jax.jobs.distill_config import DistillConfig
 from minilm_jax.jobs.teacher import needed_params
 from minilm_jax.reductions import Loss
 from minilm_jax.train.flops import gradient_flops
-from minilm_jax.train.optimizer import make_optimizer
+from minilm_jax.train.optimizer import make_optimizer, make_schedule
+from minilm_jax.train.step import Given, make_given
 
 
 def make_loss(config: DistillConfig, teacher: EncoderConfig) -> LossFunction:
@@ -38,13 +39,18 @@ def make_loss(config: DistillConfig, teacher: EncoderConfig) -> LossFunction:
 
 def make_run_optimizer(
     config: DistillConfig, teacher: EncoderConfig
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Returns the run's optimizer, without decay of what its loss does not reach."""
     student = student_encoder_config(config.student, teacher)
-    return make_optimizer(
-        config.optimizer,
-        steps=config.train.steps,
-        undecayed=config.objective.unreached(student),
+    return make_optimizer(config.optimizer, undecayed=config.objective.unreached(student))
+
+
+def run_given(config: DistillConfig, teacher: Model) -> Given:
+    """Returns what all steps of the run are given; of a teacher of shapes, shapes."""
+    return make_given(
+        needed_params(teacher, config.objective),
+        seed=config.train.seed,
+        schedule=make_schedule(config.optimizer, steps=config.train.steps),
     )
 
 

@@ -12,7 +12,7 @@ from minilm_jax.convert.folder import write_model
 from minilm_jax.jobs.evaluator import describe_scores, report_skips
 from minilm_jax.jobs.finetune_config import FinetuneConfig, FinetuneResult
 from minilm_jax.jobs.finetune_inputs import Inputs
-from minilm_jax.jobs.finetune_model import make_loss, start_model
+from minilm_jax.jobs.finetune_model import start_model
 from minilm_jax.jobs.results import PREDICTIONS, result_rows, write_results
 from minilm_jax.jobs.running import (
     Say,
@@ -30,9 +30,10 @@ from minilm_jax.signals import stoppable
 from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.hosts import wait_for_all, writes
 from minilm_jax.train.loop import Evaluation
-from minilm_jax.train.optimizer import evaluated_params, make_optimizer, make_schedule
+from minilm_jax.train.optimizer import evaluated_params, make_schedule
 from minilm_jax.train.run_folder import BEST, RESULT, read_json, write_json
-from minilm_jax.train.state import TrainState
+from minilm_jax.train.state import TrainState, create_state
+from minilm_jax.train.step import make_given
 
 EVALUATIONS = "evaluations.json"
 
@@ -102,37 +103,36 @@ class _Training:
         schedule, an_epoch = config.schedule, inputs.batches.steps_an_epoch
         self.steps = schedule.max_steps or schedule.epochs * an_epoch
         self.every = schedule.evaluate_every or an_epoch
-        self.optimizer_config = config.optimizer
+        optimizer = config.optimizer
         if schedule.warmup_ratio:
             # Of very few steps, at least the last is none of warm-up.
             warmup = min(round(schedule.warmup_ratio * self.steps), self.steps - 1)
-            self.optimizer_config = dataclasses.replace(config.optimizer, warmup_steps=warmup)
-        self.optimizer = make_optimizer(self.optimizer_config, steps=self.steps)
+            optimizer = dataclasses.replace(optimizer, warmup_steps=warmup)
+        self.schedule = make_schedule(optimizer, steps=self.steps)
 
     def run(self) -> dict[str, Any]:
         """Returns the best evaluation's record, after what is left of the training."""
-        output = self.config.output
+        output, devices = self.config.output, self.inputs.devices
         if (output / EVALUATIONS).exists():
             self.records = read_json(output / EVALUATIONS)
         goodput = open_goodput(output, began=self.began)
         if not self._enough():
+            given = make_given(None, seed=self.config.train.seed, schedule=self.schedule)
             with open_checkpoints(
                 output, self.config.train, metadata={"config": self.described}
             ) as checkpoints:
                 state = train(
-                    make_loss(self.config, self.inputs.task, self.model),
-                    self.optimizer,
-                    lambda: self.model.params,
-                    None,
+                    self.inputs.step,
+                    lambda: create_state(self.model.params, self.inputs.optimizer),
+                    devices.place(given),
                     self._batch,
                     output=output,
                     config=TrainConfig(
                         **vars(self.config.train), steps=self.steps, evaluate_every=self.every
                     ),
                     described=self.described,
-                    devices=self.inputs.devices,
+                    devices=devices,
                     checkpoints=checkpoints,
-                    schedule=make_schedule(self.optimizer_config, steps=self.steps),
                     goodput=goodput,
                     evaluate=self._evaluate,
                 )
@@ -158,7 +158,7 @@ class _Training:
         The best model is written before its record: a record means that the model is there.
         """
         step, output = int(state.step), self.config.output
-        params = self.inputs.devices.fetch(evaluated_params(state, self.optimizer_config))
+        params = self.inputs.devices.fetch(evaluated_params(state, self.config.optimizer))
         record = self._score(step, params)
         # A start that was cut off may have recorded steps which were not saved any more.
         before = [earlier for earlier in self.records if earlier["step"] < step]

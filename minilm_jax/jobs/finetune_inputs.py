@@ -1,25 +1,28 @@
 """What a fine-tuning run reads: the model to start from, the task's data, the devices.
 
 No setting that a sweep varies has a part in it, so that all runs of a sweep share one: text is read
-and tokenised once, and programs that score are compiled once.
+and tokenised once, and the programs that train and that score are compiled once.
 """
 
 import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import optax
 
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.jobs.evaluator import Evaluator, PartData, digest
 from minilm_jax.jobs.finetune_config import FinetuneConfig, report_parts, selection_parts
-from minilm_jax.jobs.finetune_model import class_names
-from minilm_jax.jobs.running import describe_devices, open_devices
+from minilm_jax.jobs.finetune_model import class_names, make_loss
+from minilm_jax.jobs.running import describe_devices, lift_step, open_devices
 from minilm_jax.jobs.trained_model import check_length, load
 from minilm_jax.tasks.batches import TaskBatches
 from minilm_jax.tasks.catalog import TASKS, Part, read_part
 from minilm_jax.tasks.examples import Skips
 from minilm_jax.tasks.features import question_features, text_features
+from minilm_jax.train.optimizer import make_optimizer
 
 
 class Inputs:
@@ -79,6 +82,21 @@ class Inputs:
             config=self._config.batch,
             max_length=lengths.max_length,
             pad_id=self.tokenizer.pad_id,
+        )
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """Of every run: what its learning rate is the step is given."""
+        return make_optimizer(self._config.optimizer)
+
+    @functools.cached_property
+    def step(self) -> Callable[..., Any]:
+        """The lifted step."""
+        return lift_step(
+            make_loss(self._config, self.task, self.source, self.labels),
+            self.optimizer,
+            config=self._config.train,
+            devices=self.devices,
         )
 
     def describe(self) -> list[str]:

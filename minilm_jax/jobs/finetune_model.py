@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from minilm_jax.convert.model import Model
 from minilm_jax.encoder.encoder import init_params
@@ -67,17 +66,16 @@ def start_model(
     return dataclasses.replace(source, hf_config=hf_config, params=params, sentence=None)
 
 
-def make_loss(config: FinetuneConfig, task: Task, model: Model) -> LossFunction:
-    """Returns the task's loss of a model made by `start_model`."""
-    classes = 1
-    if task.kind == "classes":
-        classes = int(np.shape(model.params["sequence_classifier"]["output"]["bias"])[0])
+def make_loss(
+    config: FinetuneConfig, task: Task, source: Model, labels: tuple[str, ...]
+) -> LossFunction:
+    """Returns the task's loss of what `start_model` makes of the same."""
     return TaskModel(
-        model.config,
+        source.config,
         task.kind,
-        classes=classes,
+        classes=len(labels) if labels else 1,
         compute=config.compute,
-        head_dropout=head_dropout(model, task.kind),
+        head_dropout=head_dropout(source, task.kind),
     ).loss
 
 

@@ -28,10 +28,11 @@ from minilm_jax.jobs.distill_step import (
     initial_params,
     make_loss,
     make_run_optimizer,
+    run_given,
     step_flops,
 )
 from minilm_jax.jobs.running import lift_step
-from minilm_jax.jobs.teacher import describe_teacher, needed_params
+from minilm_jax.jobs.teacher import describe_teacher
 from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hardware import GIB, known_chip, memory_limit
@@ -155,17 +156,17 @@ def make_plan(
     """
     devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
     teacher = describe_teacher(config)
-    step, state, frozen, batch = abstract_step(config, teacher, devices)
+    step, state, given, batch = abstract_step(config, teacher, devices)
     flops = step_flops(config, teacher, config.batch.sequence_length)
     refusal, memory, bytes_accessed = "", None, 0.0
     try:
-        compiled = step.lower(state, frozen, batch).compile()
+        compiled = step.lower(state, given, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         refusal = str(error).strip().partition("\n")[0][:300]
         if "RESOURCE_EXHAUSTED" not in refusal:
             raise
     else:
-        memory = _memory(compiled, state, frozen, batch, devices)
+        memory = _memory(compiled, state, given.frozen, batch, devices)
         bytes_accessed = float((compiled.cost_analysis() or {}).get("bytes accessed", 0.0))
     peak = _peak(devices)
     seconds = None
@@ -182,7 +183,7 @@ def make_plan(
         hardware=hardware,
         devices=devices.count,
         lift=devices.lift if config.train.fsdp == 1 else f"mesh, fsdp {config.train.fsdp}",
-        teacher_parameters=_parameters(frozen),
+        teacher_parameters=_parameters(given.frozen),
         student_parameters=_parameters(state.params),
         flops=flops,
         steps=config.train.steps,
@@ -198,7 +199,7 @@ def make_plan(
 def abstract_step(
     config: DistillConfig, teacher: Model, devices: Devices
 ) -> tuple[Any, Any, Any, Any]:
-    """Returns the lifted step of a run and the shapes (state, frozen, batch) it takes.
+    """Returns the lifted step of a run and the shapes (state, given, batch) it takes.
 
     Args:
       config: of the run.
@@ -215,7 +216,7 @@ def abstract_step(
     return (
         lift_step(loss, optimizer, config=config.train, devices=devices),
         devices.abstract(jax.eval_shape(start, teacher.params["encoder"])),
-        devices.abstract(needed_params(teacher, config.objective)),
+        devices.abstract(run_given(config, teacher)),
         devices.abstract_batch(batch_shapes(config, config.batch.sequence_length)),
     )
 

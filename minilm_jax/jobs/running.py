@@ -27,8 +27,8 @@ from minilm_jax.train.run_folder import (
     versions,
     write_json,
 )
-from minilm_jax.train.state import Params, TrainState, create_state
-from minilm_jax.train.step import LossFunction, make_step
+from minilm_jax.train.state import TrainState
+from minilm_jax.train.step import Given, LossFunction, make_step
 from minilm_jax.train.trackers import check_trackers, open_trackers
 
 Say = Callable[[str], None]
@@ -127,23 +127,16 @@ def lift_step(
     config: EngineConfig,
     devices: Devices,
 ) -> Callable[..., Any]:
-    """Returns the step of a run as its settings have it, lifted over its devices."""
+    """Returns the step of runs of these settings, lifted over their devices."""
     return devices.lift_step(
-        make_step(
-            loss,
-            optimizer,
-            seed=config.seed,
-            accumulate=config.accumulate,
-            nonfinite=config.nonfinite,
-        )
+        make_step(loss, optimizer, accumulate=config.accumulate, nonfinite=config.nonfinite)
     )
 
 
 def train(
-    loss: LossFunction,
-    optimizer: optax.GradientTransformation,
-    start: Callable[[], Params],
-    frozen: Any,
+    step: Callable[..., Any],
+    start: Callable[[], TrainState],
+    given: Given,
     batch_at: Callable[[int], Mapping[str, np.ndarray]],
     *,
     output: Path,
@@ -151,7 +144,6 @@ def train(
     described: Mapping[str, Any],
     devices: Devices,
     checkpoints: Checkpoints,
-    schedule: optax.Schedule,
     goodput: Goodput,
     flops: Callable[[Any], int] | None = None,
     evaluate: Callable[[TrainState], Evaluation] | None = None,
@@ -159,25 +151,23 @@ def train(
     """Returns the state after the last step; `fit` with all that a run's folder gets.
 
     Args:
-      loss: of a part of a batch.
-      optimizer: of the whole run.
-      start: makes the parameters to start from where there is no checkpoint.
-      frozen: placed arguments that are not trained.
+      step: of `lift_step`.
+      start: makes the state to start from where there is no checkpoint.
+      given: what all steps are given, placed.
       batch_at: this process's rows of the batch of a step, counted from 0.
       output: the run's folder.
       config: of the run.
       described: the run, shown beside its curves.
       devices: where it runs.
       checkpoints: where it saves and resumes.
-      schedule: learning rate, for the log.
       goodput: books where the time goes.
       flops: of a step on a placed batch.
       evaluate: looks at a state every config.evaluate_every steps, as in `fit`.
     """
     return fit(
-        lift_step(loss, optimizer, config=config, devices=devices),
-        lambda: create_state(start(), optimizer),
-        frozen,
+        step,
+        start,
+        given,
         # Placed by the thread that makes it: the copy overlaps with the step before.
         lambda first: Prefetch(
             lambda number: devices.place_batch(batch_at(number)), start=first, stop=config.steps
@@ -192,7 +182,6 @@ def train(
             devices=devices.devices,
             trackers=open_trackers(config.trackers, output, config=described, first_step=first),
         ),
-        schedule=schedule,
         goodput=goodput,
         flops=flops,
         evaluate=evaluate,

@@ -176,7 +176,7 @@ class Devices:
         return NamedSharding(self.mesh, PartitionSpec(names))
 
     def lift_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns step(state, frozen, batch) on all devices; it consumes (donates) the state."""
+        """Returns step(state, given, batch) on all devices; it consumes (donates) the state."""
         return self._lift(step, donate=True)
 
     def lift_evaluation(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:

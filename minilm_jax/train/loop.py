@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from minilm_jax.errors import UserError
 from minilm_jax.signals import Stopped, first_signal
@@ -21,6 +20,7 @@ from minilm_jax.train.monitor import Interval, Monitor
 from minilm_jax.train.nonfinite import NonfiniteSteps
 from minilm_jax.train.profile import Profile
 from minilm_jax.train.state import TrainState
+from minilm_jax.train.step import Given
 
 
 class Evaluation(NamedTuple):
@@ -35,14 +35,13 @@ class Evaluation(NamedTuple):
 def fit(
     step: Callable[..., Any],
     start: Callable[[], TrainState],
-    frozen: Any,
+    given: Given,
     batches: Callable[[int], AbstractContextManager[Iterator[Any]]],
     *,
     config: TrainConfig,
     devices: Devices,
     checkpoints: Checkpoints,
     make_monitor: Callable[[int], Monitor],
-    schedule: optax.Schedule,
     goodput: Goodput | None = None,
     flops: Callable[[Any], int] | None = None,
     profile: Profile | None = None,
@@ -59,13 +58,12 @@ def fit(
       step: the lifted step.
       start: makes the state to start from where there is no checkpoint. Made here, because a caller
         would keep the whole of it on one device as long as the run lasts.
-      frozen: placed arguments that are not trained.
+      given: what all steps are given, placed.
       batches: opens an iterator of placed batches from a step on; closed at the end.
       config: of the run.
       devices: where it runs.
       checkpoints: where it saves and resumes.
       make_monitor: opens the monitor at the resumed step.
-      schedule: learning rate, for the log.
       goodput: books where the time goes.
       flops: of the matrix products of a step on a placed batch, over all devices; for the log.
       profile: traces some steps.
@@ -106,7 +104,7 @@ def fit(
                     goodput.lap("data" if idle else "training")
                 if profile is not None:
                     profile.before(done)
-                state, metrics = step(state, frozen, batch)
+                state, metrics = step(state, given, batch)
                 pending.append(metrics)
                 if profile is not None:
                     profile.after(done, metrics)
@@ -118,9 +116,7 @@ def fit(
                 goodput.lap("startup" if starting else "training")
                 if _due(done, config.log_every, config):
                     checkpoints.check()
-                    _report(
-                        monitor, done, pending, schedule, nonfinite, goodput, done - timed, work
-                    )
+                    _report(monitor, done, pending, nonfinite, goodput, done - timed, work)
                     pending, timed, work = [], done, 0
                 evaluating = evaluate is not None and _due(done, config.evaluate_every, config)
                 saving = evaluating or _due(done, config.save_every, config)
@@ -188,7 +184,6 @@ def _report(
     monitor: Monitor | None,
     done: int,
     pending: list[dict[str, Any]],
-    schedule: optax.Schedule,
     nonfinite: NonfiniteSteps,
     goodput: Goodput,
     steps: int,
@@ -210,7 +205,6 @@ def _report(
         for name, value in fetched[-1].items()
         if name not in ("counts", "finite")
     }
-    shown["learning_rate"] = float(schedule(done - 1))
     spent = goodput.interval()
     interval = Interval(
         steps=steps,

@@ -6,10 +6,15 @@ from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from minilm_jax.errors import ConfigError
 from minilm_jax.train.state import Params, TrainState
+
+Decay = Literal["linear", "cosine", "constant"]
 
 ParamPath = tuple[str, ...]
 """The names on the way to a parameter, or to a module of them: `("encoder", "layer_0", "ffn")`."""
@@ -24,7 +29,7 @@ class OptimizerConfig:
     """Peak learning rate."""
     warmup_steps: int = 4000
     """Steps of linear warm-up from 0."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Decay = "linear"
     """Decay to 0 at the last step, after the warm-up."""
     b1: float = 0.9
     b2: float = 0.999
@@ -49,70 +54,92 @@ class OptimizerConfig:
                 )
 
 
-def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """Returns step (from 0) -> learning rate; 0 at step 0 when there is a warm-up, as in BERT."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the step.
+
+    Its numbers are data of a compiled step and no part of it.
+    """
+
+    # Any: JAX maps them to shapes and shardings, too.
+    peak: Any
+    """Each a scalar in fp32."""
+    warmup_steps: Any
+    steps: Any
+    """Of the whole run."""
+    decay: Decay = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, step: Int[ArrayLike, ""]) -> Float[Array, ""]:
+        """Returns the rate of a step, counted from 0: with a warm-up that of 0 is 0, as in BERT."""
+        left = (self.steps - step) / jnp.maximum(self.steps - self.warmup_steps, 1.0)
+        left = jnp.clip(left, 0.0, 1.0)
+        match self.decay:
+            case "linear":
+                after = left
+            case "cosine":
+                after = 0.5 * (1.0 - jnp.cos(jnp.pi * left))
+            case "constant":
+                after = jnp.ones_like(left)
+        warming = step / jnp.maximum(self.warmup_steps, 1.0)
+        return self.peak * jnp.where(step < self.warmup_steps, warming, after)
+
+
+def make_schedule(config: OptimizerConfig, *, steps: int) -> Schedule:
+    """Returns the schedule of a run of so many steps.
+
+    Raises:
+      ConfigError: nothing would be left after the warm-up.
+    """
     if config.warmup_steps >= steps > 0:
         raise ConfigError(
             f"optimizer.warmup_steps={config.warmup_steps} must be below the run's steps={steps}"
         )
-    after = steps - config.warmup_steps
-    peak = config.learning_rate
-    decay = {
-        "linear": lambda: optax.linear_schedule(peak, 0.0, after),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, after),
-        "constant": lambda: optax.constant_schedule(peak),
-    }[config.schedule]()
-    if config.warmup_steps == 0:
-        return decay
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    return Schedule(
+        peak=np.float32(config.learning_rate),
+        warmup_steps=np.float32(config.warmup_steps),
+        steps=np.float32(steps),
+        decay=config.schedule,
+    )
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, steps: int, undecayed: Collection[ParamPath] = ()
-) -> optax.GradientTransformation:
-    """Returns the optimizer of a run.
+    config: OptimizerConfig, *, undecayed: Collection[ParamPath] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of a run; its update takes the step's `learning_rate`.
 
     Args:
-      config: what to build.
-      steps: optimizer steps of the whole run, for the schedule.
+      config: what to build; its learning rate and schedule are no part of it.
       undecayed: path prefixes of parameters the loss does not reach. Decoupled decay would shrink
         exactly those, where PyTorch skips parameters without a gradient.
     """
-    schedule = make_schedule(config, steps=steps)
 
     def decay_mask(params: Any) -> Any:
         return jax.tree.map_with_path(
             lambda path, _: decays(tuple(entry.key for entry in path), undecayed), params
         )
 
-    match config.name:
-        case "adamw":
-            core = optax.adamw(
-                schedule,
-                b1=config.b1,
-                b2=config.b2,
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                mask=decay_mask,
-            )
-        case "lamb":
-            core = optax.lamb(
-                schedule,
-                b1=config.b1,
-                b2=config.b2,
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                mask=decay_mask,
-            )
-        case "sgd":
-            core = optax.chain(
-                optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-                optax.sgd(schedule),
-            )
-    if config.clip_norm:
-        core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
-    return with_average(core, config.ema_decay) if config.ema_decay else core
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+    parts = {
+        "adamw": (adam, decay),
+        "lamb": (adam, decay, optax.scale_by_trust_ratio()),
+        "sgd": (decay,),
+    }[config.name]
+    clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
+    optimizer = optax.chain(*clip, *parts, scale_by_learning_rate())
+    return with_average(optimizer, config.ema_decay) if config.ema_decay else optimizer
+
+
+def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """Returns what makes a step down of a direction up: `-learning_rate` times it."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, learning_rate: Any, **unused: Any
+    ) -> Any:
+        return jax.tree.map(lambda x: -learning_rate * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 class AveragedState(NamedTuple):
@@ -123,8 +150,8 @@ class AveragedState(NamedTuple):
 
 
 def with_average(
-    optimizer: optax.GradientTransformation, decay: float
-) -> optax.GradientTransformation:
+    optimizer: optax.GradientTransformationExtraArgs, decay: float
+) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer with an average of the parameters it leads to in its state.
 
     average = decay · average + (1 − decay) · parameters after the step, from 0.
@@ -134,12 +161,12 @@ def with_average(
     def init(params: Any) -> AveragedState:
         return AveragedState(inner=optimizer.init(params), average=average.init(params))
 
-    def update(updates: Any, state: AveragedState, params: Any = None) -> Any:
-        updates, inner = optimizer.update(updates, state.inner, params)
+    def update(updates: Any, state: AveragedState, params: Any = None, **given: Any) -> Any:
+        updates, inner = optimizer.update(updates, state.inner, params, **given)
         _, averaged = average.update(optax.apply_updates(params, updates), state.average)
         return updates, AveragedState(inner=inner, average=averaged)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def evaluated_params(state: TrainState, config: OptimizerConfig) -> Params:

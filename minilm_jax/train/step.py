@@ -1,15 +1,15 @@
 """One optimizer step as one per-device function; devices.py lifts it over the devices."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from minilm_jax.reductions import Loss, Mean
+from minilm_jax.train.optimizer import Schedule
 from minilm_jax.train.state import Params, TrainState
 
 Batch = Mapping[str, Array]
@@ -23,15 +23,33 @@ LossFunction = Callable[[Params, Any, Batch, Array | None], Loss]
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
+class Given(NamedTuple):
+    """What all steps of a run are given.
+
+    It is data and no part of the compiled step: runs that differ in nothing else share a program.
+    """
+
+    frozen: Any
+    """What is not trained: the teacher; None where there is none."""
+    seed: UInt32[Array, "..."]
+    """As `key_data`; the key of a step is a function of it and the step alone."""
+    schedule: Schedule | None
+    """None where the optimizer has its own."""
+
+
+def make_given(frozen: Any, *, seed: int, schedule: Schedule | None = None) -> Given:
+    """Returns what the steps of a run of this seed are given, still to be placed on its devices."""
+    return Given(frozen, jax.device_get(jax.random.key_data(jax.random.key(seed))), schedule)
+
+
 def make_step(
     loss_function: LossFunction,
     optimizer: optax.GradientTransformation,
     *,
-    seed: int,
     accumulate: int = 1,
     nonfinite: str = "stop",
 ) -> Step:
-    """Returns step(state, frozen, batch, axis=None) -> (state, metrics).
+    """Returns step(state, given, batch, axis=None) -> (state, metrics).
 
     The gradient is that of `sum over terms of (global total / global count)`. Counts do not depend
     on the parameters, so they are computed for the whole batch first and each device
@@ -40,21 +58,24 @@ def make_step(
 
     Args:
       loss_function: the loss of a part of the batch.
-      optimizer: applied once a step to the summed gradient.
-      seed: of the run; the step's key is a function of (seed, step) alone.
+      optimizer: applied once a step to the summed gradient. Its update is given the
+        `learning_rate` of the run's schedule, and may leave it aside.
       accumulate: micro-batches a step; memory falls, numbers stay.
       nonfinite: "stop" applies the update whatever it is (the loop stops the run); "skip" leaves
         parameters and optimizer as they were when loss or gradient is not finite, and counts the
-        step: of the learning rate's schedule, too.
+        step.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(
-        state: TrainState, frozen: Any, batch: Batch, axis: str | None = None
+        state: TrainState, given: Given, batch: Batch, axis: str | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         def over_devices(tree: Any) -> Any:
             return jax.lax.psum(tree, axis) if axis else tree
 
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        frozen = given.frozen
+        rate = {} if given.schedule is None else {"learning_rate": given.schedule(state.step)}
+        key = jax.random.fold_in(jax.random.wrap_key_data(given.seed), state.step)
 
         def scaled(params: Params, part: Batch, counts: dict[str, Array]) -> tuple[Array, Loss]:
             loss = loss_function(params, frozen, part, key)
@@ -87,38 +108,28 @@ def make_step(
             (grads, loss), _ = jax.lax.scan(add, zeros, parts)
 
         grads, loss = over_devices((grads, loss))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **rate)
         params = optax.apply_updates(state.params, updates)
         total = loss.value()
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
         if nonfinite == "skip":
-            keep = jax.tree.map(
-                partial(_unless, finite),
-                (state.params, state.opt_state),
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
                 (params, opt_state),
-                is_leaf=_is_schedule,
+                (state.params, state.opt_state),
             )
-            params, opt_state = keep
         metrics = {
             "loss": total,
             **{name: mean.value() for name, mean in (loss.terms | loss.metrics).items()},
             "grad_norm": grad_norm,
+            **rate,
             "finite": finite,
             "counts": loss.counts,
         }
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
-
-
-def _unless(finite: Array, old: Any, new: Any) -> Any:
-    # The learning rate is a function of the step, and that goes on.
-    return new if _is_schedule(old) else jnp.where(finite, new, old)
-
-
-def _is_schedule(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def make_evaluation(loss_function: LossFunction) -> Callable[..., Loss]:

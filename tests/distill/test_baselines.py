@@ -25,7 +25,7 @@ from minilm_jax.encoder.encoder import EncoderOutput, encode, init_params
 from minilm_jax.errors import ConfigError
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_evaluation, make_step
+from minilm_jax.train.step import make_evaluation, make_given, make_step
 
 TEACHER = EncoderConfig(
     vocab_size=40,
@@ -305,12 +305,13 @@ def test_the_step_does_not_depend_on_the_device_count(objective, monkeypatch):
     optimizer = optax.sgd(0.1)
 
     def train(devices, accumulate=1):
-        step = devices.lift_step(make_step(loss, optimizer, seed=5, accumulate=accumulate))
-        state, frozen = devices.place(create_state(student, optimizer)), devices.place(teacher)
+        step = devices.lift_step(make_step(loss, optimizer, accumulate=accumulate))
+        state = devices.place(create_state(student, optimizer))
+        given = devices.place(make_given(teacher, seed=5))
         placed = devices.place_batch(batch)
         evaluate = devices.lift_evaluation(make_evaluation(loss))
-        evaluated = jax.device_get(evaluate(state.params, frozen, placed))
-        state, metrics = step(state, frozen, placed)
+        evaluated = jax.device_get(evaluate(state.params, given.frozen, placed))
+        state, metrics = step(state, given, placed)
         return jax.device_get((state.params, metrics["loss"], evaluated))
 
     one = train(Devices(devices=jax.devices()[:1]))
@@ -340,10 +341,10 @@ def test_a_mesh_holds_no_more_than_pmap(objective, monkeypatch):
     def temporary(devices):
         arguments = (
             devices.abstract(create_state(student, optimizer)),
-            devices.abstract(teacher),
+            devices.abstract(make_given(teacher, seed=5)),
             devices.abstract_batch(batch),
         )
-        step = devices.lift_step(make_step(loss, optimizer, seed=5))
+        step = devices.lift_step(make_step(loss, optimizer))
         return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(Devices("mesh", fsdp=2)) < 1.2 * temporary(Devices())

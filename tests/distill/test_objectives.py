@@ -20,9 +20,9 @@ from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_step
+from minilm_jax.train.step import make_given, make_step
 
 TEACHER = EncoderConfig(
     vocab_size=50,
@@ -115,15 +115,15 @@ def test_what_the_loss_does_not_reach_is_left_where_it_was(params):
     """400,000 steps of decoupled decay would shrink it to a third."""
     teacher, student = params
     config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.5)
-    optimizer = make_optimizer(config, steps=10, undecayed=V2.unreached(STUDENT))
+    optimizer = make_optimizer(config, undecayed=V2.unreached(STUDENT))
     devices = Devices("pmap", devices=jax.devices()[:1])
-    step = devices.lift_step(
-        make_step(V2.make_loss(TEACHER, STUDENT, Compute()), optimizer, seed=0)
-    )
+    step = devices.lift_step(make_step(V2.make_loss(TEACHER, STUDENT, Compute()), optimizer))
     state = devices.place(create_state(student, optimizer))
+    schedule = make_schedule(config, steps=10)
+    given = devices.place(make_given(teacher, seed=0, schedule=schedule))
     batch = devices.place_batch(rows_of([[d] for d in documents(4)], length=12))
     for _ in range(3):
-        state, _ = step(state, devices.place(teacher), batch)
+        state, _ = step(state, given, batch)
     last, before = state.params["encoder"]["layer_1"], student["encoder"]["layer_1"]
     jax.tree.map(np.testing.assert_array_equal, last["ffn"], before["ffn"])
     moved = np.abs(last["attention"]["query"]["kernel"] - before["attention"]["query"]["kernel"])
@@ -193,10 +193,11 @@ def test_dropout_and_gradients_do_not_depend_on_the_device_count(objective, para
     batches = [rows_of([[d] for d in documents(16, seed=s)], length=12) for s in range(4)]
 
     def train(devices):
-        step = devices.lift_step(make_step(loss, optimizer, seed=5))
-        state, frozen = devices.place(create_state(student, optimizer)), devices.place(teacher)
+        step = devices.lift_step(make_step(loss, optimizer))
+        state = devices.place(create_state(student, optimizer))
+        given = devices.place(make_given(teacher, seed=5))
         for index in range(20):
-            state, _ = step(state, frozen, devices.place_batch(batches[index % 4]))
+            state, _ = step(state, given, devices.place_batch(batches[index % 4]))
         return jax.device_get(state.params)
 
     one = train(Devices("pmap", devices=jax.devices()[:1]))
@@ -217,13 +218,13 @@ def test_a_mesh_divides_activations_by_rows(monkeypatch):
     objective = minilmv2(heads=8, teacher_layer=3, student_layer=3)
     optimizer = optax.sgd(0.1)
     plain = Compute(attention="plain")  # each device meets kernels with its rows in any case
-    step = make_step(objective.make_loss(wide, wide, plain), optimizer, seed=0)
+    step = make_step(objective.make_loss(wide, wide, plain), optimizer)
     params = {"encoder": jax.eval_shape(lambda: init_params(jax.random.key(0), wide))}
     state = jax.eval_shape(lambda params: create_state(params, optimizer), params)
     batch = rows_of([[d] for d in documents(64)], length=32)
 
     def temporary(devices):
-        arguments = (devices.abstract(state), devices.abstract(params))
+        arguments = (devices.abstract(state), devices.abstract(make_given(params, seed=0)))
         lowered = devices.lift_step(step).lower(*arguments, devices.abstract_batch(batch))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

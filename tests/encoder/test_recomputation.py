@@ -21,7 +21,7 @@ from minilm_jax.encoder.norm import LayerNorm
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_step
+from minilm_jax.train.step import make_given, make_step
 
 CONFIG = EncoderConfig(
     vocab_size=50,
@@ -191,8 +191,9 @@ def test_what_waits_for_a_cotangent_has_nothing_sent_round_a_mesh():
 
     optimizer = optax.sgd(0.1)
     state = devices.place(create_state(init_params(jax.random.key(0), CONFIG), optimizer))
-    step = devices.lift_step(make_step(loss, optimizer, seed=0))
-    text = step.lower(state, devices.place({}), devices.place_batch(batch)).compile().as_text()
+    step = devices.lift_step(make_step(loss, optimizer))
+    given = devices.place(make_given(None, seed=0))
+    text = step.lower(state, given, devices.place_batch(batch)).compile().as_text()
     assert "all-gather(" in text
     assert "collective-permute(" not in text
 

@@ -430,12 +430,18 @@ def test_examples_become_rows_once_and_those_of_a_finished_run_never(
     assert finetune.run(config, say=quiet) == result
     assert tokenized == ["train.tsv:2", "dev.tsv:2"]
     # All runs of a sweep share them, and each is what it would be by itself.
+    traced = []
+    task_loss = losses.TaskModel.loss
+    monkeypatch.setattr(
+        losses.TaskModel, "loss", lambda *given: traced.append(given) or task_loss(*given)
+    )
     several = SweepConfig(seeds=(config.train.seed + 1, config.train.seed))
     found = finetune.run(make("rte", bert, official, tmp_path / "sweep", sweep=several), say=quiet)
     assert tokenized == 2 * ["train.tsv:2", "dev.tsv:2"]
     assert (found[1].selection, found[1].scores) == (result.selection, result.scores)
     weights = [Path(r.model, "model.safetensors").read_bytes() for r in (result, *found)]
     assert weights[0] == weights[2] != weights[1]
+    assert len(traced) == 1
 
 
 def test_it_is_watched_as_any_training_is(official, bert, tmp_path, monkeypatch):

@@ -19,9 +19,9 @@ from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, TextExampl
 from minilm_jax.tasks.features import LengthConfig, question_features, text_features
 from minilm_jax.tasks.losses import TaskModel, init_head
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_step
+from minilm_jax.train.step import make_given, make_step
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -134,17 +134,18 @@ def test_steps_equal_pytorchs_adamw(folders, tmp_path, family, kind):
     config = OptimizerConfig(
         learning_rate=1e-3, warmup_steps=1, weight_decay=0.1, eps=1e-4, clip_norm=0.5
     )
-    optimizer = make_optimizer(config, steps=4)
+    optimizer = make_optimizer(config)
     task = TaskModel(model.config, kind, classes=classes)
     devices = Devices(devices=jax.devices()[:1])
 
     def deterministic(params, frozen, batch, key):
         return task.loss(params, frozen, batch, None)
 
-    step = devices.lift_step(make_step(deterministic, optimizer, seed=0))
+    step = devices.lift_step(make_step(deterministic, optimizer))
     state = devices.place(create_state(params, optimizer))
+    given = devices.place(make_given(None, seed=0, schedule=make_schedule(config, steps=4)))
     for _ in range(3):
-        state, metrics = step(state, None, devices.place_batch(batch))
+        state, metrics = step(state, given, devices.place_batch(batch))
 
     no_decay = ("bias", "LayerNorm.weight", "layer_norm.weight")
     groups = [

@@ -21,7 +21,7 @@ from minilm_jax.train.devices import Devices
 from minilm_jax.train.loop import fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_step
+from minilm_jax.train.step import make_given, make_step
 
 CONFIG = TrainConfig(steps=12, log_every=1, save_every=2, keep=2)
 STAGES = ("before tmp", "during shards", "before commit", "before rotation", "during deletion")
@@ -82,15 +82,14 @@ def train(folder: Path, cache: Path, stage: str | None = None) -> None:
         Checkpoints(folder / "checkpoints", keep=CONFIG.keep) as checkpoints,
     ):
         fit(
-            devices.lift_step(make_step(ragged_loss, optimizer, seed=3)),
+            devices.lift_step(make_step(ragged_loss, optimizer)),
             lambda: state,
-            devices.place(frozen),
+            devices.place(make_given(frozen, seed=3)),
             stream,
             config=CONFIG,
             devices=devices,
             checkpoints=checkpoints,
             make_monitor=monitor,
-            schedule=lambda step: 0.01,
         )
 
 

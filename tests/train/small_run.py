@@ -17,7 +17,7 @@ from minilm_jax.train.loop import fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import Profile
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_step
+from minilm_jax.train.step import make_given, make_step
 
 STEPS = 12
 ADAM = optax.adamw(0.01)
@@ -75,9 +75,9 @@ def run(
     )
     try:
         return fit(
-            devices.lift_step(make_step(loss, optimizer, seed=1, nonfinite=config.nonfinite)),
+            devices.lift_step(make_step(loss, optimizer, nonfinite=config.nonfinite)),
             lambda: create_state(params, optimizer),
-            devices.place(2 * np.eye(width, dtype=np.float32)),
+            devices.place(make_given(2 * np.eye(width, dtype=np.float32), seed=1)),
             stream,
             config=config,
             devices=devices,
@@ -85,7 +85,6 @@ def run(
             make_monitor=lambda first: Monitor(
                 folder / "metrics.jsonl", steps=STEPS, first_step=first, stream=io.StringIO()
             ),
-            schedule=lambda step: 0.01,
             goodput=Goodput(folder / GOODPUT),
             flops=lambda batch: 2 * batch["x"].size,
             evaluate=evaluate,

@@ -11,7 +11,7 @@ from minilm_jax.errors import ConfigError, UserError
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hosts import HostsConfig, any_process, join, writes
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_step
+from minilm_jax.train.step import make_given, make_step
 
 
 @pytest.mark.parametrize("lift,fsdp", [("pmap", 1), ("mesh", 2)])
@@ -26,10 +26,11 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path, lift, fsdp):
         assert "4 of 8 devices" in out
     params, frozen, batches = make_problem(steps=20)
     devices, optimizer = Devices(lift, fsdp=fsdp), optax.sgd(0.01)
-    step = devices.lift_step(make_step(ragged_loss, optimizer, seed=3))
-    state, frozen = devices.place(create_state(params, optimizer)), devices.place(frozen)
+    step = devices.lift_step(make_step(ragged_loss, optimizer))
+    state = devices.place(create_state(params, optimizer))
+    given = devices.place(make_given(frozen, seed=3))
     for batch in batches:
-        state, metrics = step(state, frozen, devices.place_batch(batch))
+        state, metrics = step(state, given, devices.place_batch(batch))
     expected = np.asarray(state.params["kernel"])
     found = np.load(target)
     np.testing.assert_allclose(

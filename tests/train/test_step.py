@@ -1,5 +1,7 @@
 """The step: its gradient is that of the global batch, however the batch is split."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,14 @@ from ragged_problem import ROWS, make_problem, ragged_loss
 
 from minilm_jax.errors import ConfigError
 from minilm_jax.train.devices import Devices
-from minilm_jax.train.optimizer import OptimizerConfig, evaluated_params, make_optimizer
+from minilm_jax.train.optimizer import (
+    OptimizerConfig,
+    evaluated_params,
+    make_optimizer,
+    make_schedule,
+)
 from minilm_jax.train.state import create_state
-from minilm_jax.train.step import make_evaluation, make_step
+from minilm_jax.train.step import make_evaluation, make_given, make_step
 
 
 @pytest.fixture
@@ -22,13 +29,13 @@ def problem():
 SGD = optax.sgd(0.01)  # Adam would hide a constant factor in the gradient
 
 
-def train(problem, devices, optimizer=SGD, **kwargs):
+def train(problem, devices, optimizer=SGD, *, schedule=None, **kwargs):
     params, frozen, batches = problem
-    step = devices.lift_step(make_step(ragged_loss, optimizer, seed=3, **kwargs))
+    step = devices.lift_step(make_step(ragged_loss, optimizer, **kwargs))
     state = devices.place(create_state(params, optimizer))
-    frozen = devices.place(frozen)
+    given = devices.place(make_given(frozen, seed=3, schedule=schedule))
     for batch in batches:
-        state, metrics = step(state, frozen, devices.place_batch(batch))
+        state, metrics = step(state, given, devices.place_batch(batch))
     return jax.device_get(state), jax.device_get(metrics)
 
 
@@ -65,10 +72,10 @@ def test_micro_batches_take_one_loop(problem, lift):
     params, frozen, batches = problem
     devices = Devices(lift, devices=jax.devices()[:2])
     state = devices.place(create_state(params, SGD))
-    given = (state, devices.place(frozen), devices.place_batch(batches[0]))
+    given = (state, devices.place(make_given(frozen, seed=3)), devices.place_batch(batches[0]))
 
     def loops(accumulate):
-        step = devices.lift_step(make_step(ragged_loss, SGD, seed=3, accumulate=accumulate))
+        step = devices.lift_step(make_step(ragged_loss, SGD, accumulate=accumulate))
         return step.lower(*given).compile().as_text().count(" while(")
 
     assert loops(2) == loops(1) + 1
@@ -83,9 +90,11 @@ def test_one_step_is_the_hand_computed_one(problem):
         return ragged_loss(params, frozen, batch, None)
 
     devices = Devices("pmap")
-    step = devices.lift_step(make_step(loss, optimizer, seed=0))
+    step = devices.lift_step(make_step(loss, optimizer))
     state = devices.place(create_state(params, optimizer))
-    state, _ = step(state, devices.place(frozen), devices.place_batch(batches[0]))
+    state, _ = step(
+        state, devices.place(make_given(frozen, seed=0)), devices.place_batch(batches[0])
+    )
     b = {name: value.astype(np.float64) for name, value in batches[0].items()}
     w, t = params["kernel"].astype(np.float64), frozen["kernel"].astype(np.float64)
     x = b["x"] @ w
@@ -121,16 +130,57 @@ def test_the_learning_rate_goes_on_over_a_skipped_step(problem):
     """It is logged as a function of the step, and has to reach its end."""
     params, frozen, batches = problem
     broken = {**batches[0], "x": np.full_like(batches[0]["x"], np.nan)}
-    alternating = optax.sgd(lambda step: jnp.where(step % 2 == 0, 0.01, 0.0))
+    decaying = OptimizerConfig(name="sgd", learning_rate=0.02, warmup_steps=0, weight_decay=0.0)
 
-    def trained(batches, optimizer):
-        state, _ = train((params, frozen, batches), Devices(), optimizer, nonfinite="skip")
-        return state.params["kernel"]
+    def trained(batches, steps):
+        schedule, optimizer = make_schedule(decaying, steps=steps), make_optimizer(decaying)
+        state, metrics = train(
+            (params, frozen, batches), Devices(), optimizer, schedule=schedule, nonfinite="skip"
+        )
+        return state.params["kernel"], metrics
 
-    skipped = trained([batches[0], broken], alternating)
-    np.testing.assert_array_equal(skipped, trained(batches[:1], SGD))
-    after = trained([batches[0], broken, batches[1]], alternating)
-    assert np.abs(after - skipped).max() > 1e-3 * np.abs(skipped).max()
+    once, _ = trained([batches[0]], 3)
+    skipped, metrics = trained([batches[0], broken], 3)
+    np.testing.assert_array_equal(skipped, once)
+    np.testing.assert_allclose(metrics["learning_rate"], 0.02 * 2 / 3, rtol=1e-6)
+    _, metrics = trained([batches[0], broken, batches[1]], 3)
+    np.testing.assert_allclose(metrics["learning_rate"], 0.02 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lift,fsdp", [("pmap", 1), ("mesh", 2)])
+def test_runs_of_other_seeds_rates_and_lengths_share_a_program(problem, lift, fsdp):
+    params, frozen, batches = problem
+    devices, traced = Devices(lift, fsdp=fsdp), []
+
+    def loss(*arguments):
+        traced.append(arguments)
+        return ragged_loss(*arguments)
+
+    optimizer = make_optimizer(AVERAGED)
+    step = devices.lift_step(make_step(loss, optimizer))
+
+    def trained(step, *, seed, steps, **changes):
+        schedule = make_schedule(dataclasses.replace(AVERAGED, **changes), steps=steps)
+        given = devices.place(make_given(frozen, seed=seed, schedule=schedule))
+        state = devices.place(create_state(params, optimizer))
+        for batch in batches:
+            state, metrics = step(state, given, devices.place_batch(batch))
+        return jax.device_get((state.params["kernel"], metrics))
+
+    runs = (
+        {"seed": 0, "steps": 5},
+        {"seed": 1, "steps": 5},
+        {"seed": 0, "steps": 5, "learning_rate": 0.02},
+        {"seed": 0, "steps": 7, "warmup_steps": 2},
+        {"seed": 2**40 + 1, "steps": 5},
+    )
+    found = [trained(step, **changes) for changes in runs]
+    assert len(traced) == len(runs[:1])
+    for index, changes in enumerate(runs):
+        alone = trained(devices.lift_step(make_step(loss, optimizer)), **changes)
+        jax.tree.map(np.testing.assert_array_equal, found[index], alone)
+    kernels = [kernel.tobytes() for kernel, _ in found[:4]]
+    assert len(set(kernels)) == len(kernels)
 
 
 AVERAGED = OptimizerConfig(
@@ -148,11 +198,15 @@ AVERAGED = OptimizerConfig(
 def test_the_average_is_that_of_the_parameters_after_each_step(problem, lift, fsdp, accumulate):
     params, frozen, batches = problem
     devices = Devices(lift, fsdp=fsdp)
-    optimizer = make_optimizer(AVERAGED, steps=5)
+    optimizer = make_optimizer(AVERAGED)
     seen = []
     for steps in range(1, 6):
         state, _ = train(
-            (params, frozen, batches[:steps]), devices, optimizer, accumulate=accumulate
+            (params, frozen, batches[:steps]),
+            devices,
+            optimizer,
+            schedule=make_schedule(AVERAGED, steps=5),
+            accumulate=accumulate,
         )
         seen.append(state.params["kernel"])
     weights = 0.7 ** np.arange(4, -1, -1)
@@ -167,10 +221,16 @@ def test_the_average_is_that_of_the_parameters_after_each_step(problem, lift, fs
 def test_a_skipped_step_leaves_the_average_as_it_was(problem):
     params, frozen, batches = problem
     broken = {**batches[0], "x": np.full_like(batches[0]["x"], np.nan)}
-    optimizer = make_optimizer(AVERAGED, steps=5)
+    optimizer = make_optimizer(AVERAGED)
 
     def averaged(batches):
-        state, _ = train((params, frozen, batches), Devices(), optimizer, nonfinite="skip")
+        state, _ = train(
+            (params, frozen, batches),
+            Devices(),
+            optimizer,
+            schedule=make_schedule(AVERAGED, steps=5),
+            nonfinite="skip",
+        )
         return state.opt_state.average, evaluated_params(state, AVERAGED)["kernel"]
 
     never, start = averaged([broken])

@@ -23,7 +23,7 @@ from minilm_jax.train.hosts import HostsConfig, join, writes  # noqa: E402
 from minilm_jax.train.loop import fit  # noqa: E402
 from minilm_jax.train.monitor import Monitor  # noqa: E402
 from minilm_jax.train.state import create_state  # noqa: E402
-from minilm_jax.train.step import make_step  # noqa: E402
+from minilm_jax.train.step import make_given, make_step  # noqa: E402
 
 process, port, folder, heartbeat_s = sys.argv[1:]
 folder = Path(folder)
@@ -61,15 +61,14 @@ def monitor(first):
 try:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = fit(
-            devices.lift_step(make_step(ragged_loss, optimizer, seed=3)),
+            devices.lift_step(make_step(ragged_loss, optimizer)),
             lambda: create_state(params, optimizer),
-            devices.place(frozen),
+            devices.place(make_given(frozen, seed=3)),
             stream,
             config=config,
             devices=devices,
             checkpoints=checkpoints,
             make_monitor=monitor,
-            schedule=lambda step: 0.01,
         )
 except Stopped as stopped:
     print(stopped)

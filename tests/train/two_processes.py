@@ -14,7 +14,7 @@ from ragged_problem import make_problem, ragged_loss  # noqa: E402
 from minilm_jax.train.devices import Devices  # noqa: E402
 from minilm_jax.train.hosts import HostsConfig, join, writes  # noqa: E402
 from minilm_jax.train.state import create_state  # noqa: E402
-from minilm_jax.train.step import make_step  # noqa: E402
+from minilm_jax.train.step import make_given, make_step  # noqa: E402
 
 process, port, lift, fsdp, target = sys.argv[1:]
 join(
@@ -25,12 +25,13 @@ join(
 params, frozen, batches = make_problem(steps=20)
 devices = Devices(lift, fsdp=int(fsdp))
 optimizer = optax.sgd(0.01)
-step = devices.lift_step(make_step(ragged_loss, optimizer, seed=3))
-state, frozen = devices.place(create_state(params, optimizer)), devices.place(frozen)
+step = devices.lift_step(make_step(ragged_loss, optimizer))
+state = devices.place(create_state(params, optimizer))
+given = devices.place(make_given(frozen, seed=3))
 for batch in batches:
     rows = devices.rows(len(batch["rows"]))
     state, metrics = step(
-        state, frozen, devices.place_batch({name: x[rows] for name, x in batch.items()})
+        state, given, devices.place_batch({name: x[rows] for name, x in batch.items()})
     )
 fetched = devices.fetch((state.params["kernel"], metrics["loss"]))
 if writes():
