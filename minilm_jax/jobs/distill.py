@@ -27,6 +27,7 @@ from minilm_jax.jobs.distill_step import (
     run_given,
 )
 from minilm_jax.jobs.running import (
+    SAVES_MEMORY,
     describe,
     describe_devices,
     join_hosts,
@@ -43,6 +44,7 @@ from minilm_jax.reductions import Loss
 from minilm_jax.signals import stoppable
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import Goodput
+from minilm_jax.train.hardware import memory_explained
 from minilm_jax.train.hosts import fail_together, writes
 from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
@@ -102,7 +104,10 @@ class _Run:
         """Returns the result, computed or read."""
         config, began = self.config, time.monotonic()
         described = describe(config, teacher=self.teacher.fingerprint)
-        with own_folder(config.output, described, override=config.override):
+        with (
+            own_folder(config.output, described, override=config.override),
+            memory_explained(SAVES_MEMORY),
+        ):
             if (config.output / RESULT).exists():
                 result = DistillResult(**read_json(config.output / RESULT))
                 if not Path(result.student).is_dir():
@@ -167,7 +172,10 @@ class _Run:
         rows = devices.rows(config.batch.batch_size)
         held = itertools.islice(heldout.evaluation_batches(rows=rows), config.text.evaluate_batches)
         evaluate = _evaluator(
-            devices, loss, given.frozen, [mask(batch, step) for step, batch in enumerate(held)]
+            devices,
+            make_evaluation(loss, accumulate=config.train.accumulate),
+            given.frozen,
+            [mask(batch, step) for step, batch in enumerate(held)],
         )
 
         def start(**changes: Any) -> dict[str, Any]:
@@ -266,10 +274,13 @@ def _check(
 
 
 def _evaluator(
-    devices: Devices, loss: Any, frozen: Any, heldout: list[dict[str, np.ndarray]]
+    devices: Devices,
+    evaluation: Callable[..., Loss],
+    frozen: Any,
+    heldout: list[dict[str, np.ndarray]],
 ) -> Callable[[Any], float]:
     """Returns params -> held-out loss; one compiled program for every student measured."""
-    lifted = devices.lift_evaluation(make_evaluation(loss))
+    lifted = devices.lift_evaluation(evaluation)
     batches = [devices.place_batch(batch) for batch in heldout]
 
     def evaluate(params: Any) -> float:

@@ -19,6 +19,7 @@ from minilm_jax.tasks.catalog import TASKS, Part, Task, TaskData, TaskName, all_
 from minilm_jax.tasks.features import LengthConfig
 from minilm_jax.tasks.tables import ResultRow, append_rows, read_rows
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.hardware import memory_explained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class EvaluateConfig:
 
 
 @stoppable()
+@memory_explained("try a smaller --batch.batch-size")
 def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[ResultRow]:
     """Returns the figures measured, after writing predictions, results.csv and tables.md."""
     names = model_names(config)

@@ -15,6 +15,7 @@ from minilm_jax.jobs.finetune_inputs import Inputs
 from minilm_jax.jobs.finetune_model import start_model
 from minilm_jax.jobs.results import PREDICTIONS, result_rows, write_results
 from minilm_jax.jobs.running import (
+    SAVES_MEMORY,
     Say,
     describe,
     join_hosts,
@@ -28,6 +29,7 @@ from minilm_jax.jobs.sweep import sweep, sweep_runs
 from minilm_jax.jobs.trained_model import load
 from minilm_jax.signals import stoppable
 from minilm_jax.train.config import TrainConfig
+from minilm_jax.train.hardware import memory_explained
 from minilm_jax.train.hosts import wait_for_all, writes
 from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.optimizer import evaluated_params, make_schedule
@@ -73,7 +75,10 @@ def _run(
         began=time.monotonic() if began is None else began,
         say=say,
     )
-    with own_folder(config.output, described, override=config.override):
+    with (
+        own_folder(config.output, described, override=config.override),
+        memory_explained(SAVES_MEMORY),
+    ):
         for line in inputs.describe():
             say(line)
         best = training.run()

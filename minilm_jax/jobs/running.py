@@ -31,6 +31,12 @@ from minilm_jax.train.state import TrainState
 from minilm_jax.train.step import Given, LossFunction, make_step
 from minilm_jax.train.trackers import check_trackers, open_trackers
 
+SAVES_MEMORY = (
+    "try --train.accumulate 2 or more, a smaller batch, or parameters sharded by --train.lift mesh "
+    "--train.fsdp N; minilm-jax plan shows what a distillation needs with each of them"
+)
+"""What a job that trains says where memory runs out."""
+
 Say = Callable[[str], None]
 
 

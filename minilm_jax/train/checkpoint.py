@@ -224,8 +224,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            log.warning("%s", failed)  # what ended the run is on its way, and says more
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+
+from minilm_jax.errors import UserError
 
 GIB = 1 << 30
 
@@ -49,6 +51,18 @@ NVIDIA = {
 }
 """NVIDIA's data sheets, without sparsity, by what follows the maker in JAX's name of a device. V100
 has no bfloat16: its peak is that of float16."""
+
+
+@contextlib.contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """Turns the devices' running out of memory into a UserError that says what saves some."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        line = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in line:
+            raise
+        raise UserError(f"the devices ran out of memory ({line[:200]}): {advice}") from error
 
 
 def known_chip(device: Any) -> Chip | None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from minilm_jax.errors import UserError
 from minilm_jax.signals import Stopped, first_signal
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.config import TrainConfig
@@ -74,8 +73,7 @@ def fit(
     Raises:
       Stopped: SIGTERM or SIGINT arrived, be it in the last step; everything up to the last
         finished step is saved.
-      UserError: the loss is not finite and config.nonfinite is "stop", or the devices have too
-        little memory.
+      UserError: the loss is not finite and config.nonfinite is "stop".
       CheckpointError: the disk has no room, a save has failed, or no checkpoint can be read.
     """
     shapes = jax.eval_shape(start)
@@ -93,7 +91,7 @@ def fit(
     monitor = make_monitor(first) if writes() else None
     pending: list[dict[str, Any]] = []
     timed, work = first, 0
-    with _memory_explained(), _signals() as stop, batches(first) as stream:
+    with _signals() as stop, batches(first) as stream:
         try:
             for done in range(first + 1, config.steps + 1):
                 batch = next(stream)
@@ -139,6 +137,7 @@ def fit(
                     goodput.lap("checkpoints")
                     goodput.record(done)
                 if stopping:
+                    checkpoints.wait()
                     # Another process may have had the signal.
                     signum = stop[0] if stop else signal.SIGTERM
                     raise Stopped(
@@ -148,13 +147,13 @@ def fit(
                     )
                 if found.enough:
                     break
+            checkpoints.wait()
+            goodput.lap("checkpoints")
         finally:
             if monitor is not None:
                 monitor.close()
             if profile is not None:
                 profile.close()
-            checkpoints.wait()
-            goodput.lap("checkpoints")
     return state
 
 
@@ -214,22 +213,6 @@ def _report(
         waited=spent["data"],
     )
     monitor.log(done, shown, interval)
-
-
-@contextmanager
-def _memory_explained() -> Iterator[None]:
-    """Turns the devices' running out of memory into a UserError that says what saves some."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        line = str(error).partition("\n")[0]
-        if "RESOURCE_EXHAUSTED" not in line:
-            raise
-        raise UserError(
-            f"the devices ran out of memory ({line[:200]}): try --train.accumulate 2 or more, a "
-            "smaller batch, or parameters sharded by --train.lift mesh --train.fsdp N; "
-            "minilm-jax plan shows what each of them needs"
-        ) from error
 
 
 @contextmanager

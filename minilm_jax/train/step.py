@@ -132,14 +132,20 @@ def make_step(
     return step
 
 
-def make_evaluation(loss_function: LossFunction) -> Callable[..., Loss]:
+def make_evaluation(loss_function: LossFunction, *, accumulate: int = 1) -> Callable[..., Loss]:
     """Returns evaluate(params, frozen, batch, axis=None) -> the batch's Loss, nothing divided.
 
     Add the results over batches and divide once: then an uneven last batch weighs what it should.
+    It takes as many micro-batches as the step, or it could need more memory.
     """
 
     def evaluate(params: Params, frozen: Any, batch: Batch, axis: str | None = None) -> Loss:
-        loss = loss_function(params, frozen, batch, None)
+        if accumulate == 1:
+            loss = loss_function(params, frozen, batch, None)
+        else:
+            parts = jax.tree.map(lambda x: split(x, accumulate), batch)
+            losses = jax.lax.map(lambda part: loss_function(params, frozen, part, None), parts)
+            loss = jax.tree.map(lambda x: x.sum(axis=0), losses)
         return jax.lax.psum(loss, axis) if axis else loss
 
     return evaluate

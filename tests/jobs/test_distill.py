@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -211,6 +212,15 @@ def test_a_signal_while_the_teacher_is_read_is_a_stop_too(config, monkeypatch):
     with pytest.raises(Stopped, match=r"^stopped by SIGTERM; run the same command to continue$"):
         run(config)
     assert not config.output.exists()
+
+
+def test_memory_that_runs_out_in_an_evaluation_is_told_with_what_saves_some(config, monkeypatch):
+    def evaluation(params, frozen, batch, axis=None):
+        return jnp.broadcast_to(batch["rows"][0], (1 << 48,))
+
+    monkeypatch.setattr(distill, "make_evaluation", lambda loss, accumulate: evaluation)
+    with pytest.raises(UserError, match=r"out of memory \(RESOURCE_EXHAUSTED.*train.accumulate"):
+        run(config)
 
 
 def test_eight_devices_train_the_same_student_as_one(config):

@@ -68,12 +68,11 @@ def run(
         yield generate()
 
     params = {"kernel": np.eye(width, dtype=np.float32)}
-    checkpoints = Checkpoints(
+    with Checkpoints(
         folder / "checkpoints",
         keep=config.keep,
         keep_best=config.evaluate_every > 0,
-    )
-    try:
+    ) as checkpoints:
         return fit(
             devices.lift_step(make_step(loss, optimizer, nonfinite=config.nonfinite)),
             lambda: create_state(params, optimizer),
@@ -90,8 +89,6 @@ def run(
             evaluate=evaluate,
             profile=Profile(config.profile, folder / "profile"),
         )
-    finally:
-        checkpoints.close()
 
 
 def assert_same(state, expected):

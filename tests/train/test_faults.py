@@ -16,10 +16,11 @@ import orbax.checkpoint as ocp
 import pytest
 from small_run import STEPS, assert_same, batch_at, run
 
-from minilm_jax.errors import CheckpointError, UserError
+from minilm_jax.errors import CheckpointError, DataError, UserError
 from minilm_jax.train import checkpoint
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
+from minilm_jax.train.hardware import memory_explained
 from minilm_jax.train.nonfinite import DUMPS
 from minilm_jax.train.state import TrainState
 
@@ -223,6 +224,23 @@ def test_a_save_that_finds_no_room_leaves_the_one_before(tmp_path, disk):
     assert_same(run(again, log_every=12), expected)
 
 
+def test_a_save_that_fails_does_not_hide_what_ended_the_run(tmp_path, caplog):
+    with full_disk(tmp_path) as (fill, make_room):
+
+        def on_batch(step):
+            if step == 5:
+                while not (tmp_path / "checkpoints" / "3").exists():
+                    time.sleep(0.01)
+                fill()
+            if step == 6:  # the save of step 6 is under way
+                raise DataError("a broken file")
+
+        with pytest.raises(DataError, match="a broken file"):
+            run(tmp_path, on_batch=on_batch, log_every=12)
+        make_room()
+    assert "could not be written" in caplog.text
+
+
 def test_a_disk_without_room_is_refused_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
@@ -282,5 +300,6 @@ def test_a_run_that_only_skips_does_not_fill_the_disk(tmp_path, caplog):
 
 
 def test_too_little_memory_is_told_with_what_saves_some(tmp_path):
-    with pytest.raises(UserError, match=r"out of memory \(RESOURCE_EXHAUSTED.*train.accumulate"):
+    told = r"out of memory \(RESOURCE_EXHAUSTED.*\): try less"
+    with pytest.raises(UserError, match=told), memory_explained("try less"):
         run(tmp_path, on_batch=lambda step: jnp.ones((1 << 48,)))

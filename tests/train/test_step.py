@@ -103,10 +103,11 @@ def test_one_step_is_the_hand_computed_one(problem):
     np.testing.assert_allclose(state.params["kernel"], w - 0.1 * gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_evaluation_adds_up_over_uneven_batches(problem):
+@pytest.mark.parametrize("lift,count,fsdp,accumulate", SPLITS)
+def test_evaluation_adds_up_over_uneven_batches(problem, lift, count, fsdp, accumulate):
     params, frozen, batches = problem
-    devices = Devices("pmap")
-    evaluate = devices.lift_evaluation(make_evaluation(ragged_loss))
+    devices = Devices(lift, fsdp=fsdp, devices=jax.devices()[:count])
+    evaluate = devices.lift_evaluation(make_evaluation(ragged_loss, accumulate=accumulate))
     placed, teacher = devices.place(params), devices.place(frozen)
     parts = [jax.device_get(evaluate(placed, teacher, devices.place_batch(b))) for b in batches]
     whole = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
