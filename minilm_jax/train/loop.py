@@ -1,5 +1,6 @@
 """The loop: batches in, steps out, checkpoints and metrics on the way, and a clean stop."""
 
+import logging
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from minilm_jax.train.nonfinite import NonfiniteSteps
 from minilm_jax.train.profile import Profile
 from minilm_jax.train.state import TrainState
 from minilm_jax.train.step import Given
+
+log = logging.getLogger(__name__)
 
 
 class Evaluation(NamedTuple):
@@ -195,6 +198,11 @@ def _report(
     goodput.record(done)
     if monitor is None:
         return
+    if all(metrics["grad_norm"] == 0.0 for metrics in fetched):
+        log.warning(
+            "the gradient is exactly 0 up to step %d: the loss does not depend on what is trained",
+            done,
+        )
     counts: dict[str, float] = defaultdict(float)
     for metrics in fetched[len(fetched) - steps :]:
         for name, value in metrics["counts"].items():

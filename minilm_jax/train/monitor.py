@@ -4,9 +4,10 @@ import dataclasses
 import io
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -93,16 +94,14 @@ class Monitor:
 
         Args:
           step: steps taken, including this one.
-          metrics: scalars or lists; written to metrics.jsonl as they are. They must be functions of
-            the run alone, so that a resumed run writes the same rows.
+          metrics: scalars or lists, written to metrics.jsonl; null is one that is not finite. They
+            must be functions of the run alone, so that a resumed run writes the same rows.
           interval: the steps since the last call, for the speed.
         """
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        _append(self._file, {"step": step, **metrics})
         speed = self._speed(interval) if interval.steps else {}
         if speed:
-            self._speed_file.write(json.dumps({"step": step, **speed}) + "\n")
-            self._speed_file.flush()
+            _append(self._speed_file, {"step": step, **speed})
         for tracker in self._trackers:
             speeds = {f"speed/{name}": value for name, value in speed.items()}
             tracker.log(step, {**metrics, **speeds})
@@ -114,8 +113,7 @@ class Monitor:
 
     def log_heldout(self, step: int, loss: float) -> None:
         """Records the held-out loss after `step`, in a row of its own."""
-        self._file.write(json.dumps({"step": step, HELDOUT: loss}) + "\n")
-        self._file.flush()
+        _append(self._file, {"step": step, HELDOUT: loss})
         for tracker in self._trackers:
             tracker.log(step, {HELDOUT: loss})
         self._console.print(f"step {step}/{self._steps}  held-out loss {loss:.4f}", highlight=False)
@@ -175,13 +173,30 @@ def plot_loss(metrics_path: Path, target: Path) -> bool:
     names = {name: None for row in rows for name, x in row.items() if isinstance(x, float)}
     for name in names:
         if name not in ("grad_norm", "learning_rate"):
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             axes.plot(*zip(*points, strict=True), label=name)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
     return True
+
+
+def _append(file: TextIO, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+    file.flush()
+
+
+def _finite(value: Any) -> Any:
+    """Returns the value with null for numbers that JSON has none for."""
+    match value:
+        case Mapping():
+            return {name: _finite(inner) for name, inner in value.items()}
+        case list():
+            return [_finite(inner) for inner in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:

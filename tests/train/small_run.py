@@ -50,6 +50,7 @@ def run(
     optimizer=ADAM,
     evaluate=None,
     width=4,
+    loss=loss,
     **config,
 ):
     """One start of the run in `folder`; returns its final state."""

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import json
 import resource
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from minilm_jax.train import checkpoint
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hardware import memory_explained
+from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.nonfinite import DUMPS
 from minilm_jax.train.state import TrainState
 
@@ -278,8 +280,12 @@ def test_a_batch_whose_loss_is_not_finite_is_dumped(tmp_path, lift, policy, capl
             run(tmp_path, batches=poisoned, devices=devices)
         steps = [7]
     else:
-        run(tmp_path, batches=poisoned, devices=devices, nonfinite="skip", log_every=6)
+        run(tmp_path, batches=poisoned, devices=devices, nonfinite="skip", log_every=4)
         assert caplog.text.count("its update was skipped") == 2
+        rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        strict = [json.loads(row, parse_constant=pytest.fail) for row in rows]
+        assert [row["loss"] is None for row in strict] == [False, True, False]
+        assert plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
         steps = [7, 8]
     files = sorted(tmp_path.glob("nonfinite-step-*.npz"))
     assert [file.name for file in files] == [f"nonfinite-step-{step}.npz" for step in steps]

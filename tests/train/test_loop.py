@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from small_run import ADAM, STEPS, assert_same, batch_at, run
+from small_run import ADAM, STEPS, assert_same, batch_at, loss, run
 
 from minilm_jax.errors import CheckpointError, ConfigError, UserError
 from minilm_jax.signals import Stopped
@@ -42,6 +42,13 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, whole, interrupted):
     state = run(tmp_path)
     assert_same(state, whole[0])
     assert (tmp_path / "metrics.jsonl").read_text() == whole[1]
+
+
+def test_a_gradient_that_is_exactly_0_is_told(tmp_path, caplog):
+    run(tmp_path / "sound", steps=4)
+    assert "gradient" not in caplog.text
+    run(tmp_path / "constant", steps=4, loss=lambda *given: jax.lax.stop_gradient(loss(*given)))
+    assert "the gradient is exactly 0 up to step 2: the loss does not depend" in caplog.text
 
 
 def test_a_crash_resumes_from_the_last_checkpoint_and_rewrites_the_lost_rows(tmp_path, whole):
