@@ -10,7 +10,7 @@ unsure    The paper restates 400,000 steps for the 6×768 student only; epsilon,
           initialisation are not in it (1e-6, 1.0 and random here).
 """
 
-from minilm_jax.distill.baselines import TinyBertObjective
+from minilm_jax.distill.tinybert import TinyBertObjective
 from minilm_jax.jobs.recipes import TEACHERS, at_toy_size, minilm_v1
 
 config = minilm_v1(

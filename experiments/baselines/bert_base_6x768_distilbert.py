@@ -12,7 +12,7 @@ unsure    MiniLM's authors took the released DistilBERT; its schedule here is Mi
 
 import dataclasses
 
-from minilm_jax.distill.baselines import distilbert
+from minilm_jax.distill.vocabulary import distilbert
 from minilm_jax.jobs.recipes import TEACHERS, at_toy_size, minilm_v1
 
 config = minilm_v1(

@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from minilm_jax.data.batches import BatchConfig
 from minilm_jax.data.sources import TextSource
-from minilm_jax.distill.baselines import TinyBertObjective
 from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.objectives import RelationObjective, minilmv2
 from minilm_jax.distill.student import StudentConfig
+from minilm_jax.distill.tinybert import TinyBertObjective
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.jobs.distill_config import (
     ASSISTANT,

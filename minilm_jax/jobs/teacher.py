@@ -12,8 +12,8 @@ from minilm_jax.convert.model import Model
 from minilm_jax.data.sources import read_documents
 from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
 from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from minilm_jax.distill.baselines import init_mlm
 from minilm_jax.distill.objective import Objective
+from minilm_jax.distill.vocabulary import init_mlm
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError

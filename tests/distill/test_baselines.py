@@ -10,15 +10,11 @@ import optax
 import pytest
 
 from minilm_jax import cpu
-from minilm_jax.distill import baselines
-from minilm_jax.distill.baselines import (
-    TinyBertObjective,
-    VocabularyObjective,
-    distilbert,
-    mlm,
-    soft_labels,
-)
+from minilm_jax.distill import selected_tokens, tinybert, vocabulary
 from minilm_jax.distill.objectives import RelationObjective, uniform_layers
+from minilm_jax.distill.selected_tokens import Inputs, over_selected
+from minilm_jax.distill.tinybert import TinyBertObjective
+from minilm_jax.distill.vocabulary import VocabularyObjective, distilbert, mlm, soft_labels
 from minilm_jax.encoder.attention import Projections
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import EncoderOutput, encode, init_params
@@ -58,7 +54,7 @@ def params_of(config, seed, extra=None):
 
 def models(objective, student=STUDENT):
     key = jax.random.key(5)
-    head = {"mlm": baselines.init_mlm(jax.random.key(9), TEACHER)}
+    head = {"mlm": vocabulary.init_mlm(jax.random.key(9), TEACHER)}
     teacher = params_of(TEACHER, 0, head)
     return teacher, params_of(student, 1, dict(objective.new_params(key, TEACHER, student)))
 
@@ -77,7 +73,7 @@ def log_softmax(x):
 def scores(config, params, batch):
     hidden = encode(config, params["encoder"], batch).last_hidden_state
     flat = hidden.reshape(-1, config.hidden_size)
-    return log_softmax(baselines.mlm_logits(config, params, flat, Compute()))
+    return log_softmax(vocabulary.mlm_logits(config, params, flat, Compute()))
 
 
 def test_mlm_is_the_cross_entropy_of_the_labels():
@@ -162,13 +158,13 @@ def test_tinyberts_attention_scores_are_fp32_on_accelerators_too(dtype, precisio
     projections = Projections(x, x, x)
     (product,) = (
         equation
-        for equation in jax.make_jaxpr(baselines.attention_scores, static_argnums=1)(
+        for equation in jax.make_jaxpr(tinybert.attention_scores, static_argnums=1)(
             projections, 4
         ).eqns
         if equation.primitive.name == "dot_general"
     )
     assert {x.name for x in product.params["precision"]} == {precision}
-    scores = baselines.attention_scores(projections, 4)
+    scores = tinybert.attention_scores(projections, 4)
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, 6**0.5, rtol=1e-6)
 
@@ -221,7 +217,7 @@ def test_the_blocks_of_tokens_do_not_show(monkeypatch):
     teacher, student = models(distilbert())
     expected = value(distilbert(), student, teacher, batch)
     for size in (1, 7, 64):
-        monkeypatch.setattr(baselines, "TOKENS_A_BLOCK", size)
+        monkeypatch.setattr(selected_tokens, "TOKENS_A_BLOCK", size)
         found = value(distilbert(), student, teacher, batch)
         for name, mean in expected.terms.items():
             np.testing.assert_allclose(found.terms[name].total, mean.total, rtol=1e-5)
@@ -233,7 +229,7 @@ def test_the_blocks_of_tokens_do_not_show(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_of_blocks_are_those_of_all_tokens_at_once(dtype, monkeypatch):
     """None selected, some, all; what is given gets no gradient."""
-    monkeypatch.setattr(baselines, "TOKENS_A_BLOCK", 7)
+    monkeypatch.setattr(selected_tokens, "TOKENS_A_BLOCK", 7)
     random = np.random.default_rng(0)
     w = jnp.asarray(random.normal(size=(6, 3)), jnp.float32)
     x, y = (jnp.asarray(random.normal(size=(4, 5, width)), dtype) for width in (6, 3))
@@ -243,10 +239,10 @@ def test_gradients_of_blocks_are_those_of_all_tokens_at_once(dtype, monkeypatch)
         return (jnp.tanh(found) * given.tokens * given.params["scale"]).sum(-1)
 
     def inputs(w, x, y):
-        return baselines.Inputs({"w": w}, x), baselines.Inputs({"scale": jnp.float32(2)}, y)
+        return Inputs({"w": w}, x), Inputs({"scale": jnp.float32(2)}, y)
 
     def blocked(w, x, y, selected):
-        return 3 * baselines.over_selected(function, *inputs(w, x, y), selected=selected).total
+        return 3 * over_selected(function, *inputs(w, x, y), selected=selected).total
 
     def plain(w, x, y, selected):
         return 3 * jnp.where(selected, function(*inputs(w, x, y)), 0).sum()
@@ -269,16 +265,16 @@ def test_gradients_of_blocks_are_those_of_all_tokens_at_once(dtype, monkeypatch)
 
 def test_tokens_that_are_not_selected_take_no_memory(monkeypatch):
     """Blocks without one took a table's gradient each."""
-    monkeypatch.setattr(baselines, "TOKENS_A_BLOCK", 8)
+    monkeypatch.setattr(selected_tokens, "TOKENS_A_BLOCK", 8)
     config = dataclasses.replace(TEACHER, vocab_size=5000)
-    head = jax.eval_shape(lambda: baselines.init_mlm(jax.random.key(0), config))
+    head = jax.eval_shape(lambda: vocabulary.init_mlm(jax.random.key(0), config))
     table = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), jnp.float32)
     params = {"encoder": {"embeddings": {"word": {"embedding": table}}}, "mlm": head}
 
     def temporary(rows):
         def loss(params, hidden, labels):
             output = EncoderOutput((hidden,), ())
-            return baselines.masked_cross_entropy(
+            return vocabulary.masked_cross_entropy(
                 config, params, output, {"labels": labels}, Compute()
             ).total
 
@@ -298,7 +294,7 @@ VOCABULARY = pytest.mark.parametrize(
 @VOCABULARY
 def test_the_step_does_not_depend_on_the_device_count(objective, monkeypatch):
     """An evaluation, and a step of plain SGD with dropout; half of the devices have no label."""
-    monkeypatch.setattr(baselines, "TOKENS_A_BLOCK", 5)
+    monkeypatch.setattr(selected_tokens, "TOKENS_A_BLOCK", 5)
     batch = batch_of(rows=16)
     batch["labels"] = jnp.where(batch["rows"][:, None] % 4 < 2, batch["labels"], -1)
     teacher, student, loss = shallow(objective)
@@ -353,7 +349,7 @@ def test_a_mesh_holds_no_more_than_pmap(objective, monkeypatch):
 def shallow(objective):
     """Teacher and student of one layer, and the loss: quick to compile."""
     config = dataclasses.replace(TEACHER, num_hidden_layers=1)
-    teacher = params_of(config, 0, {"mlm": baselines.init_mlm(jax.random.key(9), config)})
+    teacher = params_of(config, 0, {"mlm": vocabulary.init_mlm(jax.random.key(9), config)})
     student = params_of(config, 1, dict(objective.new_params(jax.random.key(5), config, config)))
     return teacher, student, objective.make_loss(config, config, Compute())
 
