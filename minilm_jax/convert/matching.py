@@ -10,9 +10,8 @@ from minilm_jax.errors import CheckpointError
 
 # The way out of whatever is wrong with heads.
 ENCODER_ALONE = "convert it with an empty --heads to keep the encoder alone"
-# DataParallel, torch.compile, Lightning and sentence-transformers wrap a model before it is saved.
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "0.auto_model.", "auto_model.")
-
+_SHOWN = 8
+"""Problems of a kind that are listed."""
 _CLASSIFIERS = ("sequence_classifier", "token_classifier")
 
 
@@ -63,7 +62,7 @@ def match_names(
     table = TABLES[config.model_type]
     architectures = tuple(architectures)
     _refuse_other_families(architectures, config, file)
-    actual, problems = _normalise(shapes, table)
+    actual, problems = _normalise(shapes, table, file=file)
     chosen = _choose_heads(actual, table, file=file, architectures=architectures, heads=heads)
     rows = _rows(config, {"encoder", *chosen})
     classes = _classes(rows, actual, shapes)
@@ -176,13 +175,20 @@ def write_names(
 
 
 def _normalise(
-    shapes: Mapping[str, Sequence[int]], table: Table
+    shapes: Mapping[str, Sequence[int]], table: Table, *, file: str
 ) -> tuple[dict[str, str], list[str]]:
     """Returns the table's name → the file's name, and collisions."""
+    found = wrappers(shapes, table)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{file} holds several encoders: names begin with "
+            f"{' and with '.join(repr(lead) for lead in sorted(found))}; save one of them alone"
+        )
+    wrapper = "".join(found)
     actual: dict[str, str] = {}
     problems = []
     for name in shapes:
-        plain = canonical_name(name, prefix=table.prefix)
+        plain = canonical_name(name, wrapper=wrapper, prefix=table.prefix)
         if plain in actual:
             problems.append(f"twice {plain}: as {actual[plain]} and as {name}")
         else:
@@ -190,14 +196,27 @@ def _normalise(
     return actual, problems
 
 
-def canonical_name(name: str, *, prefix: str) -> str:
-    """Returns `name` without wrappers and prefix, and with today's LayerNorm names."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for lead in (*_WRAPPERS, f"{prefix}."):
-            if name.startswith(lead):
-                name, stripped = name[len(lead) :], True
+def wrappers(names: Iterable[str], table: Table) -> set[str]:
+    """Returns what the names of each encoder in a file begin with, before the family's prefix.
+
+    DataParallel, torch.compile, Lightning, sentence-transformers and everybody's own modules wrap
+    a model before it is saved: `module.`, `0.auto_model.`, `student.`; "" where nothing does.
+    """
+    word = next(row for row in table.rows if row.ours == "encoder/embeddings/word/embedding")
+    for ending in (word.foreign, *word.twins):
+        leads = {
+            name.removesuffix(ending).removesuffix(f"{table.prefix}.")
+            for name in names
+            if f".{name}".endswith(f".{ending}")
+        }
+        if leads:
+            return leads
+    return set()
+
+
+def canonical_name(name: str, *, wrapper: str, prefix: str) -> str:
+    """Returns `name` without wrapper and prefix, and with today's LayerNorm names."""
+    name = name.removeprefix(wrapper).removeprefix(f"{prefix}.")
     if name.endswith(".gamma"):
         return name[: -len("gamma")] + "weight"
     if name.endswith(".beta"):
@@ -331,10 +350,16 @@ def _report(
     *,
     way_out: str = "",
 ) -> str:
-    shown = problems[:50]
-    more = f"\n  … and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.partition(" ")[0], []).append(problem)
+    lines = []
+    for kind, found in kinds.items():
+        lines += found[:_SHOWN]
+        if len(found) > _SHOWN:
+            lines.append(f"… and {len(found) - _SHOWN} more {kind}")
     return (
         f"{file} is not a complete {config.model_type} encoder"
         f"{' with ' + ', '.join(heads) if heads else ''} "
-        f"({len(problems)} problems{way_out}):\n  " + "\n  ".join(shown) + more
+        f"({len(problems)} problems{way_out}):\n  " + "\n  ".join(lines)
     )

@@ -582,6 +582,12 @@ bad(43, "gamma and weight at once", "twice embeddings.LayerNorm.weight")(
 bad(44, "with and without prefix at once", f"twice {_QUERY}.bias")(
     lambda f: _edit(f, lambda t: t | {f"bert.{_QUERY}.bias": np.ones(16, np.float32)})
 )
+bad(44, "student and teacher in one file", "several encoders: names begin with 's.' and with 't.'")(
+    lambda f: _edit(f, lambda t: {f"{a}.{n}": x for a in "st" for n, x in t.items()})
+)
+bad(44, "names of nothing we know", "(?s)missing.* more missing.*unknown.* more unknown")(
+    lambda f: _edit(f, lambda t: {n.replace("e", "E"): x for n, x in t.items()})
+)
 bad(45, "transposed kernel", r"transposed\?")(
     lambda f: _edit(
         f,
