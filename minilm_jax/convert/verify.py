@@ -72,11 +72,18 @@ def compare_with_torch(model: Model, folder: Path, *, architecture: str) -> list
         found.append(
             Comparison(
                 name=name,
-                difference=float(np.abs(mine - other).max()),
+                difference=largest_difference(mine, other),
                 magnitude=float(np.abs(other).max()),
             )
         )
     return found
+
+
+def largest_difference(mine: np.ndarray, other: np.ndarray) -> float:
+    """Returns the largest absolute difference; NaN or infinity in both places is none."""
+    both = (mine == other) | (np.isnan(mine) & np.isnan(other))
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(np.where(both, 0.0, mine - other)).max())
 
 
 def random_batch(model: Model, *, rows: int = 3, length: int = 16) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ from minilm_jax.convert.verify import (
     check_round_trip,
     compare_with_torch,
     has_torch,
+    largest_difference,
     random_batch,
     refuse_disagreement,
 )
@@ -217,7 +218,7 @@ def _verify_export(model: Model, report: Callable[[str], None], folder: Path) ->
     rows = [
         Comparison(
             name=name,
-            difference=float(np.abs(found[name] - y).max()),
+            difference=largest_difference(np.asarray(found[name]), np.asarray(y)),
             magnitude=float(np.abs(y).max()),
         )
         for name, y in expected.items()
