@@ -65,15 +65,29 @@ def append_rows(path: Path, rows: Sequence[ResultRow]) -> None:
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """Returns the rows of a CSV file that `append_rows` wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
+    """Returns the rows of a CSV file that `append_rows` wrote.
+
+    Raises:
+      DataError: it is another file, or a row is damaged: what is left where a disk was full.
+    """
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != _COLUMNS:
             raise DataError(f"{path}: is no results file of ours; choose another name")
-        return [_parsed(row) for row in reader]
+        rows = []
+        for row in reader:
+            try:
+                rows.append(_parsed(row))
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{path}: the row that ends in line {reader.line_num} is damaged; remove it"
+                ) from None
+        return rows
 
 
 def _parsed(row: dict[str, Any]) -> ResultRow:
+    if None in row or None in row.values():
+        raise ValueError("cells are missing, or there are more than columns")
     numbers = {"value": float(row["value"])}
     counts = {name: int(row[name]) for name in ("examples", "skipped")}
     return ResultRow(**{**row, **numbers, **counts})

@@ -95,3 +95,16 @@ def test_rows_come_back_from_the_file(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n")
     with pytest.raises(DataError, match="is no results file of ours"):
         append_rows(tmp_path / "other.csv", rows)
+
+
+@pytest.mark.parametrize("kept", [3, 40, -60])
+@pytest.mark.parametrize("added", [b"", b"\n", b"\xff\xfe\n"])
+def test_half_a_row_is_named(tmp_path, kept, added):
+    path = tmp_path / "results.csv"
+    append_rows(path, [row("rte", 70.0)])
+    whole = path.read_bytes()
+    append_rows(path, [row("rte", 71.0, settings='{"a": "b,\n"c""}')])
+    second = path.read_bytes()[len(whole) :]
+    path.write_bytes(whole + second[:kept] + added)
+    with pytest.raises(DataError, match=r"row that ends in line \d+ is damaged; remove it"):
+        append_rows(path, [row("rte", 72.0)])
