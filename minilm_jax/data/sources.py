@@ -262,6 +262,11 @@ def _files(source: TextSource) -> Iterator[tuple[Path, Format]]:
                 if (real := os.path.realpath(file)) not in reached:
                     reached.add(real)
                     yield file, format
+        if count == 0 and source.format not in ("auto", "huggingface"):
+            raise DataError(
+                f"{pattern}: by its ending no file is {source.format}; name a file in full to have"
+                " it read so, or choose format auto"
+            )
         if count == 0:
             raise DataError(
                 f"{pattern}: no file with a known ending ({' '.join(_ENDINGS)}, also followed by"

@@ -201,6 +201,10 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
         texts(tmp_path)
     with pytest.raises(DataError, match="needs paths"):
         TextSource()
+    (tmp_path / "a.txt").write_text('{"text": "one"}')
+    assert texts(tmp_path / "a.txt", format="jsonl") == ["one"]
+    with pytest.raises(DataError, match="by its ending no file is jsonl; name a file in full"):
+        texts(tmp_path / "*.txt", format="jsonl")
 
 
 def test_empty_files_have_no_documents(tmp_path):
