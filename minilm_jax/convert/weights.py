@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from minilm_jax.convert.files import Stored, TensorSource
 from minilm_jax.convert.msgpack_file import open_msgpack
@@ -47,7 +49,7 @@ class Weights:
         return self
 
     def __exit__(self, kind: object, error: object, at: object) -> None:
-        for source in {id(s): s for s in self.owners.values()}.values():
+        for source in dict.fromkeys(self.owners.values()):
             source.close()
 
     def stored(self, name: str) -> Stored:
@@ -95,14 +97,10 @@ def open_weights(path: Path, *, sha256: str | None = None) -> Weights:
     Raises:
       CheckpointError: a file is missing, broken, outside the folder, or not the one asked for.
     """
-    if path.name.endswith(".index.json"):
-        files = _shards(path)
-    else:
-        files = {path.name: path}
+    index = read_json(path) if path.name.endswith(".index.json") else None
+    files = {path.name: path} if index is None else _shards(path, index)
     digests = {name: _sha256(file) for name, file in sorted(files.items())}
-    fingerprint = digests[path.name] if len(files) == 1 else _combine(digests)
-    if path.name.endswith(".index.json"):
-        fingerprint = _combine(digests)
+    fingerprint = digests[path.name] if index is None else _combine(digests)
     if sha256 is not None and sha256.lower() != fingerprint:
         raise CheckpointError(
             f"{path} has SHA-256 {fingerprint}, expected {sha256}: it is not the file you meant"
@@ -119,8 +117,8 @@ def open_weights(path: Path, *, sha256: str | None = None) -> Weights:
                         f"tensor {name!r} is in two shards: {owners[name].path} and {file}"
                     )
                 owners[name] = source
-        if path.name.endswith(".index.json"):
-            _check_index(path, owners)
+        if index is not None:
+            _check_index(path, index, owners)
     except BaseException:
         for source in opened:
             source.close()
@@ -152,8 +150,7 @@ def _combine(digests: dict[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    index = read_json(path)
+def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     mapping = index.get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
@@ -162,8 +159,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     return mapping
 
 
-def _shards(path: Path) -> dict[str, Path]:
-    names = sorted(set(_weight_map(path).values()))
+def _shards(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
+    names = sorted(set(_weight_map(path, index).values()))
     if len(names) > MAX_SHARDS:
         raise CheckpointError(f"{path}: {len(names):,} shards; at most {MAX_SHARDS:,} are read")
     folder = path.parent.resolve()
@@ -188,8 +185,8 @@ def _shards(path: Path) -> dict[str, Path]:
     return files
 
 
-def _check_index(path: Path, owners: dict[str, TensorSource]) -> None:
-    mapping = _weight_map(path)
+def _check_index(path: Path, index: Mapping[str, Any], owners: Mapping[str, TensorSource]) -> None:
+    mapping = _weight_map(path, index)
     problems = [
         f"{name} is not in {file}"
         for name, file in mapping.items()
@@ -199,7 +196,7 @@ def _check_index(path: Path, owners: dict[str, TensorSource]) -> None:
     if problems:
         shown = "; ".join(problems[:10])
         raise CheckpointError(f"{path} and its shards disagree ({len(problems)}): {shown}")
-    total = read_json(path).get("metadata") or {}
+    total = index.get("metadata") or {}
     claimed = total.get("total_size") if isinstance(total, dict) else None
     # Tied tensors are counted once or twice, depending on who wrote the index.
     actual = sum(source.tensors[name].nbytes for name, source in owners.items())

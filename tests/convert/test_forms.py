@@ -386,6 +386,15 @@ def test_shards_out_and_in(good, tmp_path):
         read_model(tmp_path / "out", sha256=again.fingerprint)
 
 
+def test_an_index_may_name_a_single_shard(good, tmp_path):
+    folder = write_model(good, tmp_path / "out")
+    shard = folder / "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(shard)
+    index = {"weight_map": dict.fromkeys(safetensors.numpy.load_file(shard), shard.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    _same(good, read_model(folder))
+
+
 @pytest.mark.torch
 def test_pytorch_loads_shards(good, tmp_path):
     pytest.importorskip("torch")
