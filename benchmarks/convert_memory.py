@@ -52,7 +52,7 @@ def write_source(folder: Path) -> int:
     hidden = jnp.zeros((1, 4, 1024))
     pooler = jax.eval_shape(lambda k: Pooler(config).init(k, hidden), key)
     params = {"encoder": encoder["params"], "pooler": pooler["params"]}
-    _, matches = write_names({p: leaf.shape for p, leaf in flatten(params)}, config=config)
+    _, matches = write_names({p: leaf.shape for p, leaf in flatten(params).items()}, config=config)
     shapes = {match.foreign: match.shape for match in matches}
 
     def read(name: str) -> np.ndarray:

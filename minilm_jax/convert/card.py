@@ -1,8 +1,7 @@
 """The model card that stands in every folder we write."""
 
+import math
 from collections.abc import Mapping, Sequence
-
-import numpy as np
 
 from minilm_jax import __version__
 from minilm_jax.convert.model import Model, flatten
@@ -30,7 +29,7 @@ def model_card(
         "layers × width × heads": f"{config.num_hidden_layers} × {config.hidden_size} × "
         f"{config.num_attention_heads}",
         "vocabulary": f"{config.vocab_size:,}",
-        "parameters": f"{sum(int(np.prod(leaf.shape)) for _, leaf in flatten(model.params)):,}",
+        "parameters": f"{sum(math.prod(x.shape) for x in flatten(model.params).values()):,}",
         "stored as": ", ".join(stored_as),
         **origin,
         "written by": f"minilm_jax {__version__}",

@@ -56,7 +56,7 @@ def write_export(
       on_tensor: called after each tensor with its name, bytes done, and bytes in all.
       check: called on the finished folder before it takes its name; what it raises undoes all.
     """
-    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(model.params)}
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(model.params).items()}
     names = input_names(model)
     batch, length = jax.export.symbolic_shape(
         "b, l", constraints=("b >= 1", "l >= 1", f"l <= {model.config.max_length}")

@@ -57,7 +57,7 @@ def read_model(
     path = resolve(source)
     if path.is_dir() and is_orbax(path):
         model = keep_heads(read_orbax(path, sha256=sha256), heads)
-        leaves = dict(flatten(model.params))
+        leaves = flatten(model.params)
         if nonfinite == "refuse":
             _refuse_sick([x for name in leaves for x in _sick(name, leaves[name])], path)
         _check_labels(model.hf_config, leaves, path / "config.json")
@@ -286,7 +286,7 @@ def write_model(
     """
     target = Path(folder)
     model = keep_heads(model, None)
-    leaves = dict(flatten(model.params))
+    leaves = flatten(model.params)
     architecture, matches = write_names(
         {path: tuple(leaf.shape) for path, leaf in leaves.items()}, config=model.config
     )

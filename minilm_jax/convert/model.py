@@ -1,9 +1,11 @@
 """A model in memory: the encoder's shape, its parameters, and where they came from."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from minilm_jax.convert.sentence import Sentence
 from minilm_jax.data.tokenizers import TOKENIZER_FILES
@@ -40,23 +42,11 @@ class Model:
         return folder
 
 
-def flatten(params: Mapping[str, Any], *, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Returns (path, leaf) of nested dicts, paths joined by "/"."""
-    for key, value in params.items():
-        here = f"{path}/{key}" if path else key
-        if isinstance(value, Mapping):
-            yield from flatten(value, path=here)
-        else:
-            yield here, value
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {path: leaf} of nested dicts, paths joined by "/"."""
+    return flatten_dict(params, sep="/")
 
 
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nest(leaves: dict[str, Any]) -> dict[str, Any]:
     """Returns nested dicts of {path: leaf}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return unflatten_dict(leaves, sep="/")

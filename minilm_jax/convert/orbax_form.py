@@ -57,7 +57,10 @@ def _save(params: dict[str, Any], folder: Path) -> None:
     import orbax.checkpoint as ocp
 
     # Looked up first: Orbax prints a traceback for each write it had begun when a disk fills up.
-    if sum(leaf.nbytes for _, leaf in flatten(params)) > shutil.disk_usage(folder.parent).free:
+    if (
+        sum(leaf.nbytes for leaf in flatten(params).values())
+        > shutil.disk_usage(folder.parent).free
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -91,7 +94,7 @@ def read_orbax(folder: Path, *, sha256: str | None) -> Model:
         with ocp.StandardCheckpointer() as checkpointer:
             tree: Any = checkpointer.metadata((folder / PARAMETERS).resolve())
             tree = tree.item_metadata.tree if hasattr(tree, "item_metadata") else tree
-            shapes = {path: tuple(leaf.shape) for path, leaf in flatten(tree)}
+            shapes = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
             write_names(shapes, config=config)
             # Into NumPy: placing them on devices is the caller's choice.
             handler = ocp.PyTreeCheckpointHandler()
@@ -106,7 +109,7 @@ def read_orbax(folder: Path, *, sha256: str | None) -> Model:
     except Exception as error:  # orbax and its storage raise bare ones
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder / PARAMETERS} cannot be read: {first:.300}") from error
-    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(restored)}
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(restored).items()}
     digest = hashlib.sha256()
     for path in sorted(leaves):
         digest.update(path.encode() + b"\n" + leaves[path].tobytes())

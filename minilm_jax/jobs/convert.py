@@ -93,7 +93,7 @@ def run(config: ConvertConfig, *, report: Callable[[str], None] = print) -> Path
         nonfinite="keep" if config.allow_nonfinite else "refuse",
         on_tensor=_Meter("read"),
     )
-    count = sum(leaf.size for _, leaf in flatten(model.params))
+    count = sum(leaf.size for leaf in flatten(model.params).values())
     report(f"{config.source}: {model.config.model_type}, {count:,} parameters, {_parts(model)}")
     report(f"sha256 {model.fingerprint}")
     with tempfile.TemporaryDirectory() as scratch:

@@ -136,7 +136,7 @@ def test_progress_goes_to_stderr(config, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "read 0.00 of 0.00 GB (100%)" in printed.err and "written" in printed.err
-    total = len(list(flatten(read_model(config.target).params)))
+    total = len(flatten(read_model(config.target).params))
     assert printed.err.count("\n") == 2 * total
 
 

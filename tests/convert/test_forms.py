@@ -30,7 +30,7 @@ from minilm_jax.jobs.convert import ConvertConfig, run
 
 
 def _same(first: Model, second: Model) -> None:
-    before, after = dict(flatten(first.params)), dict(flatten(second.params))
+    before, after = flatten(first.params), flatten(second.params)
     assert before.keys() == after.keys()
     for path, leaf in before.items():
         np.testing.assert_array_equal(leaf, after[path], err_msg=path)
@@ -233,7 +233,7 @@ def test_40_stored_dtypes(dtype, tmp_path):
 
     weights = {n: store(i, t) for i, (n, t) in enumerate(bert_weights().items())}
     model = read_model(_folder(tmp_path, weights))
-    assert all(leaf.dtype == np.float32 for _, leaf in flatten(model.params))
+    assert all(leaf.dtype == np.float32 for leaf in flatten(model.params).values())
     write_model(model, tmp_path / "out", dtype="source")
     after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in weights.items():

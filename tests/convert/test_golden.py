@@ -76,7 +76,7 @@ def _check_parity(case: Case, folder: Path, golden: dict[str, np.ndarray]) -> No
 
 
 def _check_gradients(case, model, gradients, theirs):
-    ours = dict(flatten(gradients))
+    ours = flatten(gradients)
     reading = match_names(
         {**{n: a.shape for n, a in _part(_load(case.name), "weights").items()}},
         config=model.config,

@@ -27,7 +27,7 @@ def _encoder_shapes(config: EncoderConfig) -> dict:
 
 
 def _count(tree: dict) -> int:
-    return sum(math.prod(leaf.shape) for _, leaf in flatten(tree))
+    return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())
 
 
 _V1 = EncoderConfig(
@@ -113,7 +113,7 @@ def test_tables_name_exactly_what_the_modules_declare(family):
     }
     for architecture, parts in TABLES[config.model_type].architectures.items():
         params = {"encoder": _encoder_shapes(config)} | {part: modules[part] for part in parts}
-        shapes = {path: leaf.shape for path, leaf in flatten(params)}
+        shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
         found, matches = write_names(shapes, config=config)
         assert found == architecture
         assert len(matches) == len(shapes)

@@ -77,8 +77,7 @@ def test_two_processes_train_the_student_of_one(tmp_path, tiny_teacher, text_fil
     assert said[2].count("process 1 of 2") == 2
     assert not [word for word in ("student  ", "loss", "held-out") if word in said[2]]
     expected, found = (
-        dict(flatten(read_model(str(tmp_path / name / "student")).params))
-        for name in ("one", "two")
+        flatten(read_model(str(tmp_path / name / "student")).params) for name in ("one", "two")
     )
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -77,8 +77,7 @@ def test_two_processes_fine_tune_the_model_of_one(tmp_path, lift):
     assert not [word for word in ("best", "tables", "accuracy") if word in said[2]]
     for folder in ("step-2", "step-4", "best"):
         expected, found = (
-            dict(flatten(read_model(str(tmp_path / name / folder)).params))
-            for name in ("one", "two")
+            flatten(read_model(str(tmp_path / name / folder)).params) for name in ("one", "two")
         )
         assert found.keys() == expected.keys()
         for name, value in expected.items():
