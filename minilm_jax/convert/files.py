@@ -141,6 +141,18 @@ class WeightFile:
             raise CheckpointError(f"{self.path} changed while it was read: try again")
 
 
+def open_indexed(path: Path, index: Callable[[WeightFile], dict[str, Stored]]) -> WeightFile:
+    """Returns the open file with the place of every tensor, as `index` finds them."""
+    file = WeightFile(path)
+    try:
+        refuse_disguise(path, file.bytes_at(0, min(64, file.size)))
+        file.tensors = index(file)
+    except BaseException:
+        file.file.close()
+        raise
+    return file
+
+
 # Called after each tensor with its name, the bytes done so far and the bytes in all.
 OnTensor = Callable[[str, int, int], None]
 

@@ -15,7 +15,7 @@ from minilm_jax.convert.files import (
     Stored,
     WeightFile,
     check_tensor,
-    refuse_disguise,
+    open_indexed,
 )
 from minilm_jax.errors import CheckpointError
 
@@ -32,14 +32,7 @@ def open_msgpack(path: Path) -> WeightFile:
     Raises:
       CheckpointError: the file is not exactly one tree of arrays.
     """
-    file = WeightFile(path)
-    try:
-        refuse_disguise(path, file.bytes_at(0, min(64, file.size)))
-        file.tensors = _Walk(file).tree()
-    except BaseException:
-        file.file.close()
-        raise
-    return file
+    return open_indexed(path, lambda file: _Walk(file).tree())
 
 
 class _Walk:

@@ -20,7 +20,7 @@ from minilm_jax.convert.files import (
     Stored,
     WeightFile,
     check_tensor,
-    refuse_disguise,
+    open_indexed,
 )
 from minilm_jax.convert.strict_json import parse_json
 from minilm_jax.errors import CheckpointError
@@ -37,18 +37,11 @@ def open_safetensors(path: Path) -> WeightFile:
     Raises:
       CheckpointError: the file is not exactly one valid safetensors file.
     """
-    file = WeightFile(path)
-    try:
-        file.tensors = _index(file)
-    except BaseException:
-        file.file.close()
-        raise
-    return file
+    return open_indexed(path, _index)
 
 
 def _index(file: WeightFile) -> dict[str, Stored]:
     path = file.path
-    refuse_disguise(path, file.bytes_at(0, min(64, file.size)))
     if file.size < 8:
         raise CheckpointError(f"{path} has {file.size} bytes: no safetensors file is so short")
     length = int.from_bytes(file.bytes_at(0, 8), "little")

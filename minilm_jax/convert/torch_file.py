@@ -26,7 +26,7 @@ from minilm_jax.convert.files import (
     TensorSource,
     WeightFile,
     check_tensor,
-    refuse_disguise,
+    open_indexed,
 )
 from minilm_jax.errors import CheckpointError
 
@@ -58,20 +58,9 @@ def open_torch(path: Path) -> TensorSource:
       CheckpointError: it is no state dict of dense tensors, is damaged, asks for code, or is older
         than torch 1.6 and torch ≥ 2.10 is not installed.
     """
-    file = WeightFile(path)
-    try:
-        head = file.bytes_at(0, min(64, file.size))
-        refuse_disguise(path, head)
-        if head.startswith(b"PK\x03\x04"):
-            file.tensors = _index(file)
-            return file
-    except BaseException:
-        file.file.close()
-        raise
-    file.close()
-    if head.startswith(_LEGACY_MAGIC):
-        return _LegacyFile(path)
-    raise CheckpointError(f"{path} is neither a zip archive nor an older torch file")
+    with WeightFile(path) as file:
+        head = file.bytes_at(0, min(len(_LEGACY_MAGIC), file.size))
+    return _LegacyFile(path) if head == _LEGACY_MAGIC else open_indexed(path, _index)
 
 
 # The zip archive
@@ -85,6 +74,8 @@ class _Entry:
 
 
 def _index(file: WeightFile) -> dict[str, Stored]:
+    if file.bytes_at(0, min(4, file.size)) != b"PK\x03\x04":
+        raise CheckpointError(f"{file.path} is neither a zip archive nor an older torch file")
     entries = _directory(file)
     root = _root(file.path, entries)
     if entries[f"{root}data.pkl"].size > _MAX_PICKLE:
