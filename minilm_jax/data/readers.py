@@ -10,6 +10,7 @@ import lzma
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -227,15 +228,14 @@ def _open(path: str) -> io.BufferedIOBase:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-class _broken_file_errors:  # noqa: N801 — a context manager reads as a function
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, EOFError | gzip.BadGzipFile | zlib.error | lzma.LZMAError):
-            raise BrokenFileError(f"the compressed data is broken ({error})") from error
-        if isinstance(error, OSError):
-            raise BrokenFileError(f"reading failed ({error})") from error
+@contextmanager
+def _broken_file_errors() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise BrokenFileError(f"the compressed data is broken ({error})") from error
+    except OSError as error:
+        raise BrokenFileError(f"reading failed ({error})") from error
 
 
 class _ZstdFile(io.RawIOBase):
@@ -362,20 +362,16 @@ def _table_documents(
             yield Document(text, language=given, origin=f"{stretch.path}:row {row}")
 
 
-class _table_errors:  # noqa: N801 — a context manager reads as a function
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        arrow = _import("pyarrow", self._path)
-        if isinstance(error, UnicodeDecodeError):
-            raise BrokenFileError(f"a row is not UTF-8 ({error})") from error
-        if isinstance(error, arrow.ArrowException | OSError):
-            reason = str(error).splitlines()[0][:200]
-            raise BrokenFileError(f"the table is broken ({reason})") from error
+@contextmanager
+def _table_errors(path: str) -> Iterator[None]:
+    arrow = _import("pyarrow", path)
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise BrokenFileError(f"a row is not UTF-8 ({error})") from error
+    except (arrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise BrokenFileError(f"the table is broken ({reason})") from error
 
 
 def is_huggingface(folder: Path) -> bool:
