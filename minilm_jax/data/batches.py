@@ -8,14 +8,13 @@ batch may hold the end of one and the beginning of the next.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -125,11 +124,13 @@ class Batches:
         config.check_weights(len(self._corpora))
         self._first_document = np.cumsum([0, *map(len, self._corpora)])
         self._lengths = np.concatenate([corpus.lengths for corpus in self._corpora])
+        groups = self._groups()
+        self._names = [group.name for group in groups]
         self._streams = [
-            _Stream(documents, self._lengths, config, seed=seed, number=number)
-            for number, documents in enumerate(self._stream_documents())
+            _Stream(group.documents, self._lengths, config, seed=seed, number=number)
+            for number, group in enumerate(groups)
         ]
-        self._schedule = _Schedule(self._stream_weights(), seed=seed)
+        self._schedule = _Schedule([group.weight for group in groups], seed=seed)
 
     # The rows of a step
 
@@ -189,10 +190,6 @@ class Batches:
         factor = self.config.batch_size if self._bucketed else 1
         return sum(stream.units for stream in self._streams) * factor
 
-    def epoch(self, step: int) -> int:
-        """Returns how often all text was read when a step begins; nominal under a mixture."""
-        return step * self.config.batch_size // self.rows_per_epoch
-
     @property
     def efficiency(self) -> float:
         """Share of the tokens of an epoch's batches that are not padding."""
@@ -202,7 +199,7 @@ class Batches:
 
     def shares(self) -> dict[str, float]:
         """Returns the share of the rows that each corpus or language is drawn with."""
-        return dict(zip(self._stream_names, self._schedule.weights, strict=True))
+        return dict(zip(self._names, self._schedule.weights, strict=True))
 
     def describe(self) -> dict[str, Any]:
         """Returns everything that decides the batches, for the run's record."""
@@ -222,11 +219,6 @@ class Batches:
         }
         return json.loads(json.dumps(content))  # as it is read back from a run's record
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of `describe`: equal where all batches are equal."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
-
     # Streams
 
     @property
@@ -237,20 +229,17 @@ class Batches:
     def _codes(self) -> list[str]:
         return sorted({code for corpus in self._corpora for code in corpus.languages})
 
-    def _groups(self) -> list[tuple[str, np.ndarray, float]]:
-        """Returns name, documents and weight of each stream."""
-        exponent = self.config.language_exponent
+    def _groups(self) -> list["_Group"]:
+        """Returns what each stream is made of."""
+        weights, exponent = self.config.weights, self.config.language_exponent
         everything = np.arange(len(self._lengths))
-        if not self.config.weights and exponent is None:
-            return [("all", everything, 1.0)]
-        spans = list(zip(self._first_document[:-1], self._first_document[1:], strict=True))
-        weights = self.config.weights
-        pools = [
-            (f"corpus {i}", everything[a:b], w)
-            for i, ((a, b), w) in enumerate(zip(spans, weights or (1.0,) * len(spans), strict=True))
-        ]
-        if not weights:
-            pools = [("", everything, 1.0)]
+        pools = [_Group("" if exponent is not None else "all", everything, 1.0)]
+        if weights:
+            corpora = np.split(everything, self._first_document[1:-1])
+            pools = [
+                _Group(f"corpus {i}", documents, weight)
+                for i, (documents, weight) in enumerate(zip(corpora, weights, strict=True))
+            ]
         if exponent is None:
             return pools
         languages = self._document_languages()
@@ -261,7 +250,7 @@ class Batches:
             sizes = np.asarray([self._lengths[m].sum() for m in members], np.float64) ** exponent
             for code, member, size in zip(present, members, sizes / sizes.sum(), strict=True):
                 label = f"{name} {self._codes[code] or 'no language'}".strip()
-                groups.append((label, member, weight * float(size)))
+                groups.append(_Group(label, member, weight * float(size)))
         return groups
 
     def _document_languages(self) -> np.ndarray:
@@ -270,20 +259,6 @@ class Batches:
         return np.concatenate(
             [t[c.document_languages] for t, c in zip(tables, self._corpora, strict=True)]
         )
-
-    @cached_property
-    def _cached_groups(self) -> list[tuple[str, np.ndarray, float]]:
-        return self._groups()
-
-    def _stream_documents(self) -> list[np.ndarray]:
-        return [documents for _, documents, _ in self._cached_groups]
-
-    def _stream_weights(self) -> list[float]:
-        return [weight for _, _, weight in self._cached_groups]
-
-    @property
-    def _stream_names(self) -> list[str]:
-        return [name for name, _, _ in self._cached_groups]
 
     # Copying tokens
 
@@ -327,6 +302,15 @@ class Batches:
                 strict=True,
             ):
                 flat_ids[to : to + length] = sources[shard][start : start + length]
+
+
+class _Group(NamedTuple):
+    """Documents that are read as one stream."""
+
+    name: str
+    documents: np.ndarray
+    weight: float
+    """Share of the rows, before all shares are made to sum to 1."""
 
 
 @dataclass(frozen=True)

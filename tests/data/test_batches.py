@@ -69,7 +69,6 @@ def test_each_document_once_an_epoch_without_loss(make_corpus, toy, shape):
     for epoch in range(3):
         first = epoch * batches.rows_per_epoch
         assert Counter(chain(*rows[first : first + batches.rows_per_epoch])) == expected
-    assert batches.epoch(0) == 0 and batches.epoch(steps) == 3
     assert rows[: batches.rows_per_epoch] != rows[batches.rows_per_epoch :][: len(rows) // 3]
 
 
