@@ -96,15 +96,16 @@ def _parsed(row: dict[str, Any]) -> ResultRow:
 def tables(rows: Sequence[ResultRow]) -> str:
     """Returns Markdown: the papers' tables these rows have figures for, then every figure."""
     parts = []
+    figures = _figures(rows)
+    english = {
+        column: (task, split, "en", "", metric)
+        for column, (task, split, metric) in published.ENGLISH_COLUMNS.items()
+    }
+    xnli = {code: ("xnli", "test", code, "", "accuracy") for code in XNLI_LANGUAGES}
     groups = (
-        (
-            "English (dev sets)",
-            _english(rows),
-            published.ENGLISH,
-            (*published.ENGLISH_COLUMNS, "avg"),
-        ),
-        ("XNLI (test sets, accuracy)", _xnli(rows), published.XNLI, ("avg", *XNLI_LANGUAGES)),
-        ("MLQA (test sets, F1/EM)", _mlqa(rows), published.MLQA, ("avg", *MLQA_LANGUAGES)),
+        ("English (dev sets)", _table(figures, english), published.ENGLISH, (*english, "avg")),
+        ("XNLI (test sets, accuracy)", _table(figures, xnli), published.XNLI, ("avg", *xnli)),
+        ("MLQA (test sets, F1/EM)", _mlqa(figures), published.MLQA, ("avg", *MLQA_LANGUAGES)),
     )
     for title, ours, theirs, columns in groups:
         if ours:
@@ -115,7 +116,7 @@ def tables(rows: Sequence[ResultRow]) -> str:
         if matrix:
             table = markdown(matrix, MLQA_LANGUAGES, corner="context \\ question")
             parts.append(f"## G-XLT of {name} (MLQA test, F1)\n\n{table}")
-    parts.append(f"## Every figure\n\n{_all(rows)}")
+    parts.append(f"## Every figure\n\n{_all(rows, figures)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -137,11 +138,14 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
-Figures = dict[tuple[str, str, str, str, str], list[float]]
+Key = tuple[str, str, str, str, str]
+"""Task, split, language, question language, metric."""
+Figures = dict[str, dict[Key, list[float]]]
+"""Model name → key → its seeds' values."""
 
 
-def _figures(rows: Sequence[ResultRow]) -> dict[str, Figures]:
-    """Returns model name → (task, split, language, question language, metric) → its seeds' values.
+def _figures(rows: Sequence[ResultRow]) -> Figures:
+    """Returns the values of the rows.
 
     A figure measured again replaces the one before; without a seed, a name is one model's.
     """
@@ -155,51 +159,24 @@ def _figures(rows: Sequence[ResultRow]) -> dict[str, Figures]:
     }
 
 
-def _english(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
-    return {
-        name: row
-        for name, figures in _figures(rows).items()
-        if (
-            row := _with_average(
-                {
-                    column: figures.get((task, split, "en", "", metric), [])
-                    for column, (task, split, metric) in published.ENGLISH_COLUMNS.items()
-                }
-            )
-        )
+def _table(figures: Figures, columns: Mapping[str, Key]) -> dict[str, dict[str, str]]:
+    """Returns model name → column → what it says, of the models that have any of the figures."""
+    found = {
+        name: _with_average({column: values.get(key, []) for column, key in columns.items()})
+        for name, values in figures.items()
     }
+    return {name: row for name, row in found.items() if row}
 
 
-def _xnli(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
+def _mlqa(figures: Figures) -> dict[str, dict[str, str]]:
+    f1, exact = (
+        _table(figures, {code: ("mlqa", "test", code, "", metric) for code in MLQA_LANGUAGES})
+        for metric in ("f1", "exact")
+    )
     return {
-        name: row
-        for name, figures in _figures(rows).items()
-        if (
-            row := _with_average(
-                {
-                    code: figures.get(("xnli", "test", code, "", "accuracy"), [])
-                    for code in XNLI_LANGUAGES
-                }
-            )
-        )
+        name: {column: f"{value}/{exact[name][column]}" for column, value in row.items()}
+        for name, row in f1.items()
     }
-
-
-def _mlqa(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
-    found = {}
-    for name, figures in _figures(rows).items():
-        f1, exact = (
-            _with_average(
-                {
-                    code: figures.get(("mlqa", "test", code, "", metric), [])
-                    for code in MLQA_LANGUAGES
-                }
-            )
-            for metric in ("f1", "exact")
-        )
-        if f1:
-            found[name] = {column: f"{value}/{exact[column]}" for column, value in f1.items()}
-    return found
 
 
 def _with_average(columns: Mapping[str, list[float]]) -> dict[str, str]:
@@ -222,15 +199,15 @@ def _pairs(rows: Sequence[ResultRow]) -> dict[str, dict[str, str]]:
     return {code: found[code] for code in MLQA_LANGUAGES if code in found} if crossed else {}
 
 
-def _all(rows: Sequence[ResultRow]) -> str:
+def _all(rows: Sequence[ResultRow], figures: Figures) -> str:
     columns = ("split", "language", "metric", "value", "examples")
     lines = [f"| model | task | {' | '.join(columns)} |", "|---|---|---|---|---|---:|---:|"]
     counts = {
         (r.name, r.task, r.split, r.language, r.question_language, r.metric): r.examples
         for r in rows
     }
-    for name, figures in _figures(rows).items():
-        for (task, split, language, asked, metric), values in figures.items():
+    for name, measured in figures.items():
+        for (task, split, language, asked, metric), values in measured.items():
             spoken = f"{language}/{asked}" if asked else language or "all"
             count = counts[name, task, split, language, asked, metric]
             shown = mean_and_deviation(values)
