@@ -107,7 +107,9 @@ def _write(
     model: Model, config: ConvertConfig, files: tuple[Path, ...], report: Callable[[str], None]
 ) -> Path:
     meter = _Meter("written")
-    # Verified before the folder takes its name: a failure leaves nothing behind.
+    verify = {"huggingface": _verify_folder, "orbax": _verify_orbax, "export": _verify_export}
+    # Called before the folder takes its name: a failure leaves nothing behind.
+    check = functools.partial(verify[config.to], model, report) if config.verify else None
     match config.to:
         case "huggingface":
             return write_model(
@@ -117,22 +119,12 @@ def _write(
                 max_shard_bytes=int(config.max_shard_gb * 1e9),
                 tokenizer_files=files,
                 on_tensor=meter,
-                check=functools.partial(_verify_folder, model, report) if config.verify else None,
+                check=check,
             )
         case "orbax":
-            return write_orbax(
-                model,
-                config.target,
-                tokenizer_files=files,
-                check=functools.partial(_verify_orbax, model, report) if config.verify else None,
-            )
+            return write_orbax(model, config.target, tokenizer_files=files, check=check)
         case "export":
-            return write_export(
-                model,
-                config.target,
-                on_tensor=meter,
-                check=functools.partial(_verify_export, model, report) if config.verify else None,
-            )
+            return write_export(model, config.target, on_tensor=meter, check=check)
 
 
 def _parts(model: Model) -> str:
@@ -167,10 +159,10 @@ def _tokenizer(model: Model, config: ConvertConfig, scratch: Path) -> tuple[Path
 def _beside(source: Path, scratch: Path) -> Path | None:
     # Microsoft's bare release: minilm-l12-h384-uncased.bin and minilm-l12-h384-uncased-vocab.txt.
     stem = source.name.split(".")[0]
-    for name, ours in (("vocab.txt", "vocab.txt"), (SENTENCEPIECE_FILE, SENTENCEPIECE_FILE)):
+    for name in ("vocab.txt", SENTENCEPIECE_FILE):
         file = source.parent / f"{stem}-{name}"
         if source.is_file() and file.is_file():
-            shutil.copyfile(file, scratch / ours)
+            shutil.copyfile(file, scratch / name)
             return scratch
     return None
 
