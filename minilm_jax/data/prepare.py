@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ Report = Callable[[int, int, int], None]
 
 
 def prepare(
-    sources: TextSource | Sequence[TextSource],
+    source: TextSource,
     *,
     tokenizer: str | Path,
     output: str | Path,
@@ -109,7 +109,7 @@ def prepare(
     does nothing.
 
     Args:
-        sources: What to read; the corpus keeps their order.
+        source: What to read; the corpus keeps its order.
         tokenizer: Folder of the tokenizer; its files are copied into the corpus.
         output: Folder to write.
         workers: Processes; 0 works in this one, None takes one for each core.
@@ -124,7 +124,6 @@ def prepare(
         DataError: Bad input, another process at work on the folder, a folder with shards of other
             settings, a full disk. What was already prepared stays and counts.
     """
-    sources = (sources,) if isinstance(sources, TextSource) else tuple(sources)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if not 0 <= holdout_fraction < 1:
         raise DataError(f"heldout is {holdout_fraction}: give a share from 0 to below 1")
@@ -134,10 +133,10 @@ def prepare(
         raise DataError(f"shard_tokens is {shard_tokens}: give at least 1")
     output = Path(output)
     loaded = load_tokenizer(tokenizer)
-    settings = _settings(sources, loaded, holdout_fraction, shard_tokens)
+    settings = _settings(source, loaded, holdout_fraction, shard_tokens)
     finished = finished_is_enough and (output / MANIFEST).is_file()
-    # Before anything is written: sources that are not there leave no folder behind.
-    parts = [] if finished else [part for source in sources for part in split_source(source)]
+    # Before anything is written: a source that is not there leaves no folder behind.
+    parts = [] if finished else split_source(source)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -165,14 +164,14 @@ def prepare(
 
 
 def _settings(
-    sources: tuple[TextSource, ...],
+    source: TextSource,
     tokenizer: Tokenizer,
     holdout_fraction: float,
     shard_tokens: int,
 ) -> dict[str, Any]:
     settings = {
         "format": FORMAT,
-        "sources": [dataclasses.asdict(source) for source in sources],
+        "sources": [dataclasses.asdict(source)],
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "holdout_fraction": holdout_fraction,
         "shard_tokens": shard_tokens,
@@ -209,15 +208,11 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
 
 def _as_options(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns settings as they are kept, under the names that a user gives them by."""
-    sources = [
-        # How broken files are met may be changed to get past one.
-        {name: value for name, value in source.items() if name != "broken_files"}
-        for source in settings["sources"]
-    ]
-    names = ["source"] if len(sources) == 1 else [f"sources.{i}" for i in range(len(sources))]
+    (source,) = settings["sources"]
     return {
         "format": settings["format"],
-        **dict(zip(names, sources, strict=True)),
+        # How broken files are met may be changed to get past one.
+        "source": {name: value for name, value in source.items() if name != "broken_files"},
         "tokenizer": settings["tokenizer_fingerprint"],
         "heldout": settings["holdout_fraction"],
         "shard_tokens": settings["shard_tokens"],
