@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from minilm_jax.errors import DataError
@@ -80,11 +81,16 @@ class Skips:
         return summary + self.listed + ([f"… and {hidden:,} more"] if hidden else [])
 
 
-def check_gold(
+def check_examples(
     examples: Sequence[TextExample] | Sequence[QuestionExample],
     key: Literal["label", "answers"],
+    *,
+    file: Path,
 ) -> None:
-    """Raises DataError where some examples have `key` and others hide it: a figure needs all."""
+    """Raises DataError where only some examples have `key`, or two of them have one id.
+
+    A figure needs the gold of all; predictions by id would overwrite each other.
+    """
     hidden = [example for example in examples if getattr(example, key) is None]
     if 0 < len(hidden) < len(examples):
         raise DataError(
@@ -92,13 +98,10 @@ def check_gold(
             f" {len(examples):,} examples have it; give it to all of them, or to none to predict"
             " them"
         )
-
-
-def check_ids(ids: list[str], *, name: str) -> None:
-    """Raises DataError where two examples of a split have one id: answers would overwrite."""
-    repeated = [i for i, count in Counter(ids).items() if count > 1]
+    ids = Counter(example.id for example in examples)
+    repeated = [i for i, count in ids.items() if count > 1]
     if repeated:
         raise DataError(
-            f"{name}: the id {repeated[0]!r} stands there {Counter(ids)[repeated[0]]} times"
+            f"{file}: the id {repeated[0]!r} stands there {ids[repeated[0]]} times"
             f" ({len(repeated):,} such ids); give each example its own"
         )

@@ -10,8 +10,7 @@ from minilm_jax.tasks.examples import (
     QuestionExample,
     Skips,
     TextExample,
-    check_gold,
-    check_ids,
+    check_examples,
 )
 from minilm_jax.tasks.files import read_jsonl, read_tsv
 from minilm_jax.tasks.glue import class_name
@@ -60,8 +59,7 @@ def read_texts(
         )
     if not found:
         raise DataError(f"{file}: holds no example")
-    check_gold(found, "label")
-    check_ids([example.id for example in found], name=str(file))
+    check_examples(found, "label", file=file)
     return found
 
 
@@ -135,8 +133,7 @@ def read_questions(
         )
     if not found:
         raise DataError(f"{file}: holds no question")
-    check_gold(found, "answers")
-    check_ids([example.id for example in found], name=str(file))
+    check_examples(found, "answers", file=file)
     return found
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilm_jax.errors import DataError
-from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, check_gold, check_ids
+from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, check_examples
 from minilm_jax.tasks.files import read_json
 
 Version = Literal["1.1", "2.0", "any"]
@@ -76,8 +76,7 @@ def read_squad(
             f"{file}: no question has is_impossible, so it is SQuAD 1.1; take task squad1 or the"
             " file of version 2.0"
         )
-    check_gold(found, "answers")
-    check_ids([example.id for example in found], name=str(file))
+    check_examples(found, "answers", file=file)
     return found
 
 
