@@ -15,3 +15,11 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """Text, a tokenizer or a corpus is missing, broken or does not fit the model."""
+
+
+def first_line(error: Exception) -> str:
+    """Returns what another library's error says, at most 300 characters of its first line.
+
+    The name of its class where it says nothing.
+    """
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

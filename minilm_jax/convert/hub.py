@@ -8,7 +8,7 @@ from minilm_jax.convert.sentence import SENTENCE_PATTERNS
 from minilm_jax.convert.strict_json import read_json
 from minilm_jax.convert.weights import WEIGHT_FILES, find_weights
 from minilm_jax.data.tokenizers import TOKENIZER_FILES
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, first_line
 
 _ADAPTER = "adapter_config.json"
 # What is read: never code, and one form of the weights, of which a repository may hold five.
@@ -56,9 +56,8 @@ def _download(source: str) -> Path:
             if any((folder / file).exists() for file in WEIGHT_FILES):
                 break
     except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{source} is no local path and cannot be fetched from the Hub: {first}"
+            f"{source} is no local path and cannot be fetched from the Hub: {first_line(error)}"
         ) from error
     refuse_adapter(folder)
     check_complete(folder, source=source)

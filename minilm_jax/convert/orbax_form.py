@@ -17,7 +17,7 @@ from minilm_jax.convert.model import Model, flatten, nest
 from minilm_jax.convert.output import replace_folder, write_json, write_manifest
 from minilm_jax.convert.sentence import read_sentence, write_sentence
 from minilm_jax.convert.strict_json import read_json
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, first_line
 
 PARAMETERS = "params"
 
@@ -107,8 +107,9 @@ def read_orbax(folder: Path, *, sha256: str | None) -> Model:
     except CheckpointError:
         raise
     except Exception as error:  # orbax and its storage raise bare ones
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{folder / PARAMETERS} cannot be read: {first:.300}") from error
+        raise CheckpointError(
+            f"{folder / PARAMETERS} cannot be read: {first_line(error)}"
+        ) from error
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(restored).items()}
     digest = hashlib.sha256()
     for path in sorted(leaves):

@@ -28,7 +28,7 @@ from minilm_jax.convert.files import (
     check_tensor,
     open_indexed,
 )
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, first_line
 
 _MAX_PICKLE = 8 * 2**20
 _MAX_OPERATIONS = 2_000_000
@@ -473,8 +473,7 @@ def _load_legacy(path: Path) -> dict[str, np.ndarray]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises bare ones
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: torch refuses it: {first:.300}") from error
+        raise CheckpointError(f"{path}: torch refuses it: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict")
     _refuse_what_is_no_tensor(path, state, torch.Tensor)

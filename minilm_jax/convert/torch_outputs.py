@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, first_line
 
 # transformers' output field → our name.
 _FIELDS = {
@@ -45,10 +45,9 @@ def load_torch(folder: Path, *, architecture: str) -> Any:
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except Exception as error:  # whatever a setting that says no shape makes it raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"transformers cannot load the {architecture} written: {first:.300}; correct the "
-            "source's config.json"
+            f"transformers cannot load the {architecture} written: {first_line(error)}; correct "
+            "the source's config.json"
         ) from error
     finally:
         logging.set_verbosity(before)

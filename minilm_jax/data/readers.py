@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from minilm_jax.data.documents import Document
-from minilm_jax.errors import DataError
+from minilm_jax.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from minilm_jax.data.sources import Stretch, TextSource
@@ -370,8 +370,7 @@ def _table_errors(path: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise BrokenFileError(f"a row is not UTF-8 ({error})") from error
     except (arrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise BrokenFileError(f"the table is broken ({reason})") from error
+        raise BrokenFileError(f"the table is broken ({first_line(error)})") from error
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -459,8 +458,9 @@ def _tfds_builder(source: "TextSource", name: str) -> Any:
     except DataError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{name}: tensorflow-datasets cannot open it ({reason})") from error
+        raise DataError(
+            f"{name}: tensorflow-datasets cannot open it ({first_line(error)})"
+        ) from error
 
 
 def _import(module: str, path: str) -> ModuleType:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import tyro
 
 from minilm_jax.convert.model import Model
-from minilm_jax.errors import ConfigError
+from minilm_jax.errors import ConfigError, first_line
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, check_settings
 from minilm_jax.jobs.distill_step import (
     batch_shapes,
@@ -162,7 +162,7 @@ def make_plan(
     try:
         compiled = step.lower(state, given, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        refusal = str(error).strip().partition("\n")[0][:300]
+        refusal = first_line(error)
         if "RESOURCE_EXHAUSTED" not in refusal:
             raise
     else:

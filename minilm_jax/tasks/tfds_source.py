@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from minilm_jax.errors import ConfigError, DataError
+from minilm_jax.errors import ConfigError, DataError, first_line
 from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, TextExample
 from minilm_jax.tasks.glue import GLUE, GlueName
 from minilm_jax.tasks.languages import XNLI_LANGUAGES
@@ -166,9 +166,9 @@ def prepare(name: str, *, data_dir: Path, files: Path) -> None:
         )
     except Exception as error:  # urllib3, tfds and ImportError, each in pages of text
         wanted = ", ".join(sorted(i.filename for i in (type(builder).url_infos or {}).values()))
-        first = str(error).strip().partition("\n")[0][:200]
         raise DataError(
-            f"{name} cannot be prepared ({first}); put these files into {files}: {wanted}"
+            f"{name} cannot be prepared ({first_line(error)}); put these files into {files}: "
+            f"{wanted}"
         ) from None
 
 

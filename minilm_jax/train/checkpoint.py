@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, first_line
 from minilm_jax.train.checksums import find_damage, write_checksums
 from minilm_jax.train.hosts import any_process, wait_for_all, writes
 from minilm_jax.train.state import TrainState
@@ -199,7 +199,7 @@ class Checkpoints:
         except Exception as error:
             failure = error
         if any_process(failure is not None):
-            reason = _first_line(failure) if failure else "it failed in another process"
+            reason = first_line(failure) if failure else "it failed in another process"
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} cannot be taken up: {reason}; it is left as "
                 "it is: mend that and run the same command, or choose another --output"
@@ -238,7 +238,7 @@ class Checkpoints:
             yield
         except Exception as error:
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); those "
+                f"{self.folder}: a checkpoint could not be written ({first_line(error)}); those "
                 "before it are intact: make sure that the disk has room and can be written to, "
                 "and run the same command to continue"
             ) from error
@@ -270,10 +270,6 @@ class _Sealed(ocp.StandardCheckpointHandler):
         """Completes the files beneath `directory`, then sums them."""
         super().finalize(directory)
         write_checksums(Path(directory))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def _heldout(metrics: Mapping[str, float]) -> float:

@@ -8,7 +8,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from minilm_jax.errors import ConfigError
+from minilm_jax.errors import ConfigError, first_line
 from minilm_jax.train.hardware import CHIPS, NVIDIA
 
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -82,8 +82,7 @@ def tpu_devices(name: str) -> list[Any]:
             platform="tpu", topology_name=f"{generation}:{topology}", **options
         )
     except Exception as error:
-        line = str(error).strip().partition("\n")[0][:200]
-        raise ConfigError(f"libtpu cannot compile for {name}: {line}") from None
+        raise ConfigError(f"libtpu cannot compile for {name}: {first_line(error)}") from None
     return list(described.devices)
 
 
@@ -142,8 +141,9 @@ def gpu_devices(name: str) -> list[Any]:
             topology=f"1x{hosts}x{count // hosts}",
         )
     except Exception as error:
-        line = str(error).strip().partition("\n")[0][:200]
-        raise ConfigError(f"JAX's CUDA plugin cannot compile for {name}: {line}") from None
+        raise ConfigError(
+            f"JAX's CUDA plugin cannot compile for {name}: {first_line(error)}"
+        ) from None
     return list(described.devices)
 
 

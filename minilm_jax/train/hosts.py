@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from minilm_jax.errors import ConfigError, UserError
+from minilm_jax.errors import ConfigError, UserError, first_line
 
 EXIT_INCOMPLETE = 2
 """As for anything a user can mend."""
@@ -87,8 +87,7 @@ def join(config: HostsConfig, *, say: Callable[[str], None] = print) -> None:
                 heartbeat_timeout_seconds=config.heartbeat_s,
             )
         except (ValueError, RuntimeError) as error:
-            line = str(error).strip().partition("\n")[0][:300]
-            raise UserError(f"{_incomplete(config)} ({line})") from None
+            raise UserError(f"{_incomplete(config)} ({first_line(error)})") from None
         finally:
             watchdog.cancel()
     count = jax.process_count()

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from minilm_jax.errors import first_line
+
 PROFILE = "profile"
 log = logging.getLogger(__name__)
 
@@ -48,5 +50,4 @@ def _only_warn() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = str(error).strip().partition("\n")[0][:200]
-        log.warning("no profile of this run (%s); training goes on", line)
+        log.warning("no profile of this run (%s); training goes on", first_line(error))
