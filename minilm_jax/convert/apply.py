@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minilm_jax.encoder.config import EncoderConfig
-from minilm_jax.encoder.encoder import Encoder
+from minilm_jax.encoder.encoder import encode
 from minilm_jax.encoder.heads import (
     MaskedLM,
     NextSentence,
@@ -22,20 +22,16 @@ from minilm_jax.encoder.heads import (
 def outputs(
     config: EncoderConfig,
     params: Mapping[str, Any],
-    *,
-    input_ids: Int[Array, "B L"] | Int[np.ndarray, "B L"],
-    segments: Int[Array, "B L"] | Int[np.ndarray, "B L"],
-    token_type_ids: Int[Array, "B L"] | Int[np.ndarray, "B L"] | None = None,
-    languages: Int[Array, "B L"] | Int[np.ndarray, "B L"] | None = None,
+    **batch: Int[Array, "B L"] | Int[np.ndarray, "B L"],
 ) -> dict[str, Float[Array, "..."]]:
-    """Returns `hidden_0` … `hidden_N` and one output per head in `params`, without dropout."""
-    encoded: Any = Encoder(config).apply(
-        {"params": params["encoder"]},
-        jnp.asarray(input_ids),
-        segments=jnp.asarray(segments),
-        token_type_ids=None if token_type_ids is None else jnp.asarray(token_type_ids),
-        languages=None if languages is None else jnp.asarray(languages),
-    )
+    """Returns `hidden_0` … `hidden_N` and one output per head in `params`, without dropout.
+
+    Args:
+      config: the encoder's shape.
+      params: the encoder's and the heads'.
+      batch: what `encoder.encode` reads of a batch: `input_ids`, `segments` and what else there is.
+    """
+    encoded = encode(config, params["encoder"], {name: jnp.asarray(x) for name, x in batch.items()})
     found: dict[str, Any] = {f"hidden_{i}": h for i, h in enumerate(encoded.hidden_states)}
     last = encoded.last_hidden_state
 
