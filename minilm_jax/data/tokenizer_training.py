@@ -15,6 +15,7 @@ import tokenizers as rust
 from minilm_jax.data.documents import Document
 from minilm_jax.data.tokenizers import (
     SENTENCEPIECE_FILE,
+    USUAL_NAMES,
     Tokenizer,
     load_tokenizer,
     wordpiece_spec,
@@ -37,10 +38,11 @@ _XLMR_NAMES = {
     "unk_token": "<unk>",
     "mask_token": "<mask>",
 }
-_ROLE_ORDER = ("cls", "sep", "pad", "unk", "mask")
 # <pad> and <mask>: XLM-R has them, a SentencePiece model has not.
 _ADDED_BY_XLMR = 2
 _LONGEST_SENTENCE = 16_384
+# At most so many are drawn from the text and held in memory.
+_MOST_SENTENCES = 10_000_000
 
 
 def train_wordpiece(
@@ -91,7 +93,7 @@ def train_wordpiece(
         (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), "utf-8")
         spec = wordpiece_spec(
             vocab,
-            special_names=[_BERT_NAMES[f"{role}_token"] for role in _ROLE_ORDER],
+            special_names=USUAL_NAMES["wordpiece"],
             lowercase=lowercase,
             strip_accents=None,
             chinese=True,
@@ -115,7 +117,6 @@ def train_sentencepiece(
     output: str | Path,
     vocab_size: int = 250_002,
     character_coverage: float = 0.9995,
-    sentences: int = 10_000_000,
     longest_input: int = 512,
     threads: int = 4,
 ) -> Tokenizer:
@@ -126,7 +127,6 @@ def train_sentencepiece(
         output: A folder that does not exist yet.
         vocab_size: Pieces, special ones included.
         character_coverage: Share of the characters that get a piece; the rest are unknown.
-        sentences: At most so many are drawn from the text and held in memory.
         longest_input: Tokens that models of this vocabulary take, for transformers.
         threads: For the training itself.
 
@@ -147,7 +147,7 @@ def train_sentencepiece(
             model_type="unigram",
             vocab_size=vocab_size - _ADDED_BY_XLMR,
             character_coverage=character_coverage,
-            input_sentence_size=sentences,
+            input_sentence_size=_MOST_SENTENCES,
             shuffle_input_sentence=True,
             max_sentence_length=_LONGEST_SENTENCE,
             unk_id=0,

@@ -30,11 +30,12 @@ TOKENIZER_FILES = (
 )
 """All that a folder may hold of a tokenizer; what is fetched, read and copied."""
 _ROLES = ("cls", "sep", "pad", "unk", "mask")
-_USUAL_NAMES: dict[Kind, tuple[str, ...]] = {
+USUAL_NAMES: dict[Kind, tuple[str, ...]] = {
     "wordpiece": ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"),
     "bpe": ("<s>", "</s>", "<pad>", "<unk>", "<mask>"),
     "sentencepiece": ("<s>", "</s>", "<pad>", "<unk>", "<mask>"),
 }
+"""Of the special tokens, in the order of the roles."""
 # What two tokenizers that differ in lower-casing, accents, width or control characters split
 # differently; its ids are part of the fingerprint.
 _PROBE = (
@@ -294,7 +295,7 @@ def _special_names(folder: Path, kind: Kind) -> list[str]:
         **_read_json(folder / "special_tokens_map.json"),
     }
     names = []
-    for role, usual in zip(_ROLES, _USUAL_NAMES[kind], strict=True):
+    for role, usual in zip(_ROLES, USUAL_NAMES[kind], strict=True):
         given = named.get(f"{role}_token") or usual
         names.append(given["content"] if isinstance(given, dict) else str(given))
     return names
@@ -530,7 +531,7 @@ def _load_sentencepiece(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     return Tokenizer(
         kind="sentencepiece",
         pieces=pieces,
-        special_names=_USUAL_NAMES["sentencepiece"],
+        special_names=USUAL_NAMES["sentencepiece"],
         encode=encode,
         locate=locate,
         decode=decode,
