@@ -11,8 +11,6 @@ from typing import Any
 
 import optax
 
-from minilm_jax.convert.model import Model
-from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.jobs.evaluator import Evaluator, PartData, digest
 from minilm_jax.jobs.finetune_config import FinetuneConfig, report_parts, selection_parts
 from minilm_jax.jobs.finetune_model import class_names, make_loss
@@ -33,8 +31,6 @@ class Inputs:
         self._config = config
         self.task = TASKS[config.task]
         self.devices = open_devices(config.train, batch_size=config.batch.batch_size)
-        self.source: Model
-        self.tokenizer: Tokenizer
         self.source, self.tokenizer = load(config.model)
         check_length(config.lengths, self.source)
         self._skips = Skips()

@@ -74,10 +74,11 @@ def text_features(
     index = {name: i for i, name in enumerate(labels)}
     first = tokenizer.encode([example.text for example in examples])
     second = tokenizer.encode([example.text_pair or "" for example in examples])
+    specials = {paired: _specials(tokenizer, paired=paired) for paired in (False, True)}
     found = []
     for number, example in enumerate(examples):
         paired = example.text_pair is not None
-        room = config.max_length - _specials(tokenizer, paired=paired)
+        room = config.max_length - specials[paired]
         if room < 1:
             raise ConfigError(
                 f"lengths.max_length={config.max_length} leaves no room for text; give a larger "

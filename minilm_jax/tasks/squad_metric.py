@@ -112,7 +112,7 @@ def _score2_one(predicted: str, gold: str) -> ExactF1:
     said, wanted = normalize(predicted), normalize(gold)
     # Unlike version 1.1, an empty answer has full marks where, and only where, the gold is empty.
     if not said or not wanted:
-        return ExactF1(*(2 * [float(said == wanted)]))
+        return ExactF1(exact=float(said == wanted), f1=float(said == wanted))
     return best_of(predicted, [gold], normalize, str.split)
 
 

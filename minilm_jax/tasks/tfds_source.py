@@ -42,15 +42,15 @@ def glue_examples(task: GlueName, *, split: str, data_dir: Path) -> list[TextExa
     first, second = _glue_columns(task)
     found = []
     for index, record in _records(builder, name):
-        label = None
+        label: str | float | None = None
         if not hidden:
-            label = record["label"] if not spec.labels else _named(builder, record["label"])
+            label = _named(builder, record["label"]) if spec.labels else float(record["label"])
         found.append(
             TextExample(
                 id=str(int(record["idx"])),
                 text=_text(record[first]),
                 text_pair=_text(record[second]) if second else None,
-                label=label if label is None or isinstance(label, str) else float(label),
+                label=label,
                 origin=f"glue/{task} {name}:{index}",
             )
         )
