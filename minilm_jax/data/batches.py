@@ -25,6 +25,7 @@ from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
+Layout = Literal["packed", "padded"]
 
 # To be raised when the rows of a (seed, step) change.
 _ORDER = 1
@@ -41,7 +42,7 @@ class BatchConfig:
     """Rows of the global batch, over all hosts."""
     sequence_length: int = 512
     """Tokens of a row, special tokens included."""
-    layout: Literal["packed", "padded"] = "packed"
+    layout: Layout = "packed"
     """`packed`: several documents share a row, kept apart by segments. `padded`: one a row."""
     buckets: tuple[int, ...] = ()
     """Shorter rows for padded batches, such as (64, 128, 256): all rows of a batch have the

@@ -23,6 +23,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 """Written last: a corpus that has it is finished."""
 Split = Literal["train", "heldout"]
+Verify = Literal["auto", "hashes", "sizes"]
 _VERIFIED_BY_DEFAULT = 2 << 30
 _ENDINGS = ("tokens", "offsets", "languages")
 # Memory maps hold a file descriptor each, and 1,024 is a usual limit.
@@ -131,7 +132,7 @@ class Corpus:
         folder: str | Path,
         *,
         split: Split = "train",
-        verify: Literal["auto", "hashes", "sizes"] = "auto",
+        verify: Verify = "auto",
     ) -> "Corpus":
         """Returns a split of a prepared corpus.
 

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from minilm_jax.data.batches import BatchConfig, Batches
-from minilm_jax.data.corpus import Corpus, Split
+from minilm_jax.data.batches import BatchConfig, Batches, Layout
+from minilm_jax.data.corpus import Corpus, Split, Verify
 from minilm_jax.data.tokenizers import load_tokenizer
 from minilm_jax.errors import DataError
 
@@ -47,9 +46,9 @@ def inspect_corpus(
     *,
     split: Split = "train",
     sequence_length: int = 512,
-    layout: Literal["packed", "padded"] = "packed",
+    layout: Layout = "packed",
     rows: int = 3,
-    verify: Literal["auto", "hashes", "sizes"] = "auto",
+    verify: Verify = "auto",
 ) -> Inspection:
     """Returns the figures of a split, and its first rows under seed 0.
 

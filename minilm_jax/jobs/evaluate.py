@@ -18,7 +18,7 @@ from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, Part, Task, TaskData, TaskName, all_pairs
 from minilm_jax.tasks.features import LengthConfig
 from minilm_jax.tasks.tables import ResultRow, append_rows, read_rows
-from minilm_jax.train.devices import Devices
+from minilm_jax.train.devices import Devices, Lift
 from minilm_jax.train.hardware import memory_explained
 
 
@@ -49,7 +49,7 @@ class EvaluateConfig:
     answers: AnswerConfig = dataclasses.field(default_factory=AnswerConfig)
     batch: RowConfig = dataclasses.field(default_factory=RowConfig)
     compute: Compute = dataclasses.field(default_factory=Compute)
-    lift: Literal["pmap", "mesh"] = "pmap"
+    lift: Lift = "pmap"
     """pmap: data parallel. mesh: jit over the devices."""
     limit: int = 0
     """Examples of each part at most, to try things; 0 is all."""

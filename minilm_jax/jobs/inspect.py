@@ -4,9 +4,9 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from minilm_jax.data.corpus import Split
+from minilm_jax.data.batches import Layout
+from minilm_jax.data.corpus import Split, Verify
 from minilm_jax.data.inspection import Inspection, inspect_corpus
 
 _SHOWN_CHARACTERS = 600
@@ -22,11 +22,11 @@ class InspectConfig:
     """`train` or `heldout`."""
     sequence_length: int = 512
     """Tokens of a row, for the packing figures and the rows shown."""
-    layout: Literal["packed", "padded"] = "packed"
+    layout: Layout = "packed"
     """How documents share rows."""
     rows: int = 3
     """Rows shown as text."""
-    verify: Literal["auto", "hashes", "sizes"] = "auto"
+    verify: Verify = "auto"
     """`hashes` reads and checks every byte; `auto` does so up to 2 GiB."""
 
 

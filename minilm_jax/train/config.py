@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from minilm_jax.errors import ConfigError
+from minilm_jax.train.devices import Lift
 from minilm_jax.train.hosts import HostsConfig
 from minilm_jax.train.trackers import TrackerName
 
@@ -16,7 +17,7 @@ class EngineConfig:
     """Of data order, dropout and initialisation."""
     accumulate: int = 1
     """Micro-batches a step; memory falls, numbers stay."""
-    lift: Literal["pmap", "mesh"] = "pmap"
+    lift: Lift = "pmap"
     """pmap: data parallel. mesh: jit over data × fsdp."""
     fsdp: int = 1
     """Devices a parameter is sharded over; needs lift=mesh."""
