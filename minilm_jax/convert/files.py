@@ -193,7 +193,7 @@ _DISGUISES = (
 
 
 def refuse_disguise(path: Path | str, head: bytes) -> None:
-    """Returns nothing; raises a CheckpointError when `head` starts a well-known other file."""
+    """Raises CheckpointError where `head` begins a well-known file of another kind."""
     start = head.lstrip()[:64].lower()
     for magic, what in _DISGUISES:
         if head.startswith(magic) or start.startswith(magic):

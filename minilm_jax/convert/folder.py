@@ -400,7 +400,7 @@ def _tokenizer_files(model: Model) -> list[Path]:
 
 
 def _name_tokenizer(folder: Path, config: EncoderConfig) -> None:
-    """Returns nothing; names the tokenizer's class where AutoTokenizer would guess it wrong.
+    """Names the tokenizer's class where AutoTokenizer would guess it wrong.
 
     In a folder like Multilingual-MiniLM's, a BERT with a SentencePiece model, it silently builds
     a vocabulary of five entries.

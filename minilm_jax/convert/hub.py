@@ -65,7 +65,7 @@ def _download(source: str) -> Path:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Returns nothing; raises a CheckpointError where an adapter lies in a model's folder.
+    """Raises CheckpointError where an adapter lies in a model's folder.
 
     transformers adds it to the model beside it.
     """
@@ -78,7 +78,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def check_complete(folder: Path, *, source: str) -> None:
-    """Returns nothing; raises a CheckpointError when the snapshot lacks a file."""
+    """Raises CheckpointError where the snapshot lacks a file."""
     missing = [] if (folder / "config.json").exists() else ["config.json"]
     weights = find_weights(folder)
     if weights.name.endswith(".index.json"):

@@ -53,7 +53,7 @@ def write_orbax(
 
 
 def _save(params: dict[str, Any], folder: Path) -> None:
-    """Returns nothing; writes `params`, with an OSError where the disk refuses."""
+    """Writes `params`, with an OSError where the disk refuses."""
     import orbax.checkpoint as ocp
 
     # Looked up first: Orbax prints a traceback for each write it had begun when a disk fills up.

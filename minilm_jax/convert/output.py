@@ -19,12 +19,12 @@ MANIFEST = "minilm_jax.json"
 
 
 def write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Returns nothing; writes `value` the same way every time."""
+    """Writes `value` the same way every time."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_manifest(folder: Path, *, source: str, sha256: str) -> None:
-    """Returns nothing; writes what is in `folder`, so that a later run knows its own output."""
+    """Writes down what is in `folder`, so that a later run knows its own output."""
     files = {
         str(file.relative_to(folder)): _digest(file)
         for file in sorted(folder.rglob("*"))
@@ -121,7 +121,7 @@ def _write_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _clear_up(folder: Path) -> None:
-    """Returns nothing; undoes what killed writes of `folder` left half done beside it.
+    """Undoes what killed writes of `folder` left half done beside it.
 
     Storage may be shared: only this host's processes are known to be dead.
     """

@@ -122,7 +122,7 @@ def write_safetensors(
     *,
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Returns nothing; writes (name, dtype, shape) triples, asking `read` for one array at a time.
+    """Writes tensors, (name, dtype, shape) triples, asking `read` for one array at a time.
 
     The file is read back and compared byte for byte: a library bug has written transposed arrays
     wrong without a word before (safetensors 0.8.0, issue 825).

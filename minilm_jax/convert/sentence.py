@@ -113,7 +113,7 @@ def _max_length(settings: Mapping[str, Any], file: Path | None, default: int) ->
 
 
 def write_sentence(folder: Path, sentence: Sentence, *, width: int) -> None:
-    """Returns nothing; makes `folder` one that sentence-transformers loads."""
+    """Makes `folder` one that sentence-transformers loads."""
     names = ["Transformer", "Pooling", *(["Normalize"] if sentence.normalize else [])]
     write_json(
         folder / _MODULES,
