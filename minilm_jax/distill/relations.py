@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from minilm_jax import native
 from minilm_jax.distill.relations_blocked import (
+    ELEMENTS,
     HeadSums,
     Student,
     Teacher,
@@ -210,32 +211,35 @@ def _sums(
     wanted: Wanted,
 ) -> HeadSums:
     """Returns what the implementation computes, on the platform that the program is lowered for."""
+    arrays = (teacher, student, segments, weights)
     batch, length = segments.shape
-    block = choose_block(batch=batch, length=length, heads=heads)
-    cached = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
+
+    def in_blocks(elements: int) -> Callable[..., HeadSums]:
+        block = choose_block(batch=batch, length=length, heads=heads, elements=elements)
+        return partial(blocked_sums, heads=heads, block=block, wanted=wanted)
+
     if implementation == "blocked":
-        return cached(teacher, student, segments, weights)
+        return in_blocks(ELEMENTS)(*arrays)
     on_tpu = partial(tpu_sums, heads=heads, wanted=wanted)
     on_gpu = partial(gpu_sums, heads=heads, wanted=wanted)
-    arrays = (teacher, student, segments, weights)
     if implementation == "pallas":
         elsewhere = partial(on_tpu, interpret=True)
         return jax.lax.platform_dependent(*arrays, tpu=on_tpu, cuda=on_gpu, default=elsewhere)
-    # An accelerator has no cache to stay within and wants enough to do at a time.
-    block = choose_block(batch=batch, length=length, heads=heads, elements=2**24)
-    large = partial(blocked_sums, heads=heads, block=block, wanted=wanted)
     of_teacher, of_student = (model[0].shape[-1] // heads for model in (teacher, student))
     dtype = jnp.result_type(*teacher, *student)
-    fits = fits_tpu(length=length, head_teacher=of_teacher, head_student=of_student, dtype=dtype)
-    kernels: dict[str, Callable[..., HeadSums]] = {}
+    on_cpu = in_blocks(ELEMENTS)
     if dtype == jnp.float32 and kernels_can_run("cpu") and native.load("relations"):
-        cached = partial(cpu_sums, heads=heads, wanted=wanted)
+        on_cpu = partial(cpu_sums, heads=heads, wanted=wanted)
+    kernels: dict[str, Callable[..., HeadSums]] = {}
+    fits = fits_tpu(length=length, head_teacher=of_teacher, head_student=of_student, dtype=dtype)
     if fits and kernels_can_run("tpu"):
         kernels["tpu"] = on_tpu
     widest = max(of_teacher, of_student)
     if fits_gpu(length=length, head=widest, dtype=dtype) and kernels_can_run("gpu"):
         kernels["cuda"] = on_gpu
-    return jax.lax.platform_dependent(*arrays, cpu=cached, default=large, **kernels)
+    # An accelerator has no cache to stay within and wants enough to do at a time.
+    large = in_blocks(2**24)
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=large, **kernels)
 
 
 def split_heads(x: Float[Array, "B L D"], heads: int) -> Float[Array, "B R L K"]:
