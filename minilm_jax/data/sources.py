@@ -220,12 +220,10 @@ def _cut(source: TextSource, stretch: Stretch, part_size: int) -> list[Stretch]:
     """Returns the pieces of a file that can be entered in the middle, or the file itself."""
     if stretch.size <= part_size:
         return [stretch]
-    if stretch.format == "tfds":
-        ends = stretch.size
-    elif stretch.format == "parquet":
+    if stretch.format == "parquet":
         ends = readers.parquet_row_groups(stretch.path)
         part_size = max(1, part_size * ends // stretch.size)
-    elif _is_lines(source, stretch):
+    elif stretch.format == "tfds" or _is_lines(source, stretch):
         ends = stretch.size
     else:
         return [stretch]
