@@ -18,6 +18,12 @@ from minilm_jax.encoder.feed_forward import FeedForward
 from minilm_jax.encoder.norm import LayerNorm
 from minilm_jax.rows import divide_rows
 
+INPUTS = ("input_ids", "segments", "token_type_ids", "languages", "positions", "rows")
+"""What of a batch the encoder reads."""
+CPU_TOKENS = 2**11
+"""Of a forward pass on a CPU at a time: what a product takes beside its operands stays small enough
+for the allocator to keep, instead of getting it from the system page by page each time."""
+
 
 class EncoderOutput(NamedTuple):
     """Every intermediate by name. What is not used costs nothing under jit."""
@@ -266,11 +272,3 @@ def _cpu_parts(input_ids: Int[Array, "B L"]) -> int:
     parts = next((n for n in divisors if rows * length <= n * CPU_TOKENS), rows)
     # Rows that hardly divide, 31 say: each part reads all parameters.
     return parts if rows * length >= parts * CPU_TOKENS // 4 else 1
-
-
-CPU_TOKENS = 2**11
-"""Of a forward pass on a CPU at a time: what a product takes beside its operands stays small enough
-for the allocator to keep, instead of getting it from the system page by page each time."""
-
-INPUTS = ("input_ids", "segments", "token_type_ids", "languages", "positions", "rows")
-"""What of a batch the encoder reads."""
