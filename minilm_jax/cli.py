@@ -219,7 +219,7 @@ def check_types(config: Any, *, file: str, prefix: str = "") -> None:
 
 
 def make_way(config: Any, options: list[str], *, prefix: str = "--") -> Any:
-    """Returns an experiment without what the options give an alternative of.
+    """Returns an experiment without the settings that an option takes the place of.
 
     Of some fields exactly one is given, such as raw text or prepared corpora: an option for one
     takes the place of the other. A config with such fields has a method `make_way(names)`.

@@ -1,4 +1,4 @@
-"""Whose the rows of a batch are, one device's or many's, and what JAX has to be told of it.
+"""Whether the rows of a batch are one device's or many devices', and what JAX has to be told of it.
 
 train/devices.py puts the mesh in context. Where there is none, on one device, under pmap and under
 shard_map, the rows are one device's already and what divides them does nothing of its own.

@@ -41,9 +41,9 @@ Say = Callable[[str], None]
 
 
 def join_hosts(config: EngineConfig, say: Say) -> Say:
-    """Returns what the job says things with, after this process has become one of the run's.
+    """Joins the processes of the run, and returns the function that the job reports with.
 
-    One process speaks; the others have said who they are.
+    In all but one process it says nothing, once each has said who it is.
     """
     join(config.hosts, say=say)
     return say if writes() else lambda _: None
@@ -154,7 +154,7 @@ def train(
     flops: Callable[[Any], int] | None = None,
     evaluate: Callable[[TrainState], Evaluation] | None = None,
 ) -> TrainState:
-    """Returns the state after the last step; `fit` with all that a run's folder gets.
+    """Returns the state after the last step: `fit`, with all that it writes into the run's folder.
 
     Args:
       step: of `lift_step`.

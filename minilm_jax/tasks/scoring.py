@@ -47,10 +47,10 @@ def score_texts(
 def score_questions(
     task: Task, examples: Sequence[QuestionExample], predicted: Mapping[str, Prediction]
 ) -> dict[str, float]:
-    """Returns exact match and F1, SQuAD 2.0's also at the threshold that is best on this part;
-    none where the split hides its answers.
-    The best threshold is looked for among the best spans, withheld or not: only then does every
-    threshold mean what it would have given.
+    """Returns exact match and F1; nothing where the split hides its answers.
+
+    Those of SQuAD 2.0 are given at the best threshold of this part, too. It is looked for among the
+    best spans, withheld or not: only then does every threshold mean what it would have given.
     """
     if any(example.answers is None for example in examples):
         return {}

@@ -121,11 +121,11 @@ def any_process(flag: bool) -> bool:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Raises in every process what a user has to mend in any; all of them must come here.
+    """Raises a UserError of any process in all of them, which must all come here.
 
-    Some things one process looks at for all, such as the run's folder, and a file may be missing
-    on one host alone. The others would wait for it in the next collective operation until they
-    are ended without a word.
+    One process checks some things for all, such as the run's folder, and a file may be missing on
+    one host alone. The other processes would wait for the one that failed, in the next collective
+    operation, until they are ended without a word.
     """
     error = None
     try:

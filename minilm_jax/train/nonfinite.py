@@ -19,7 +19,7 @@ DUMPS = 3
 
 
 class NonfiniteSteps:
-    """Looks for such steps in metrics, and dumps their batches into the run's folder.
+    """Finds such steps by their metrics, and dumps their batches into the run's folder.
 
     The batch is made again when it is wanted, because batches are a function of the step: nothing
     is kept or waited for on account of it.
@@ -41,7 +41,11 @@ class NonfiniteSteps:
         self._dumped = 0
 
     def examine(self, pending: Sequence[Mapping[str, Any]], done: int) -> None:
-        """Deals with the steps up to `done` whose metrics these are, in every process alike.
+        """Stops or warns where a step is not finite; all processes do the same.
+
+        Args:
+          pending: the metrics of the latest steps.
+          done: the last of them, counted from 1.
 
         Raises:
           UserError: one of them is not finite, and the policy is to stop.
