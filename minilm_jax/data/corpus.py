@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minilm_jax import atomic
 from minilm_jax.errors import DataError
 
 FORMAT = 1
@@ -284,7 +285,7 @@ class ShardWriter:
         hashes = {"tokens": self._hash.hexdigest()}
         for ending, array in arrays.items():
             data = array.tobytes()
-            write_synced(self._unfinished(ending), data)
+            atomic.write_synced(self._unfinished(ending), data)
             hashes[ending] = hashlib.sha256(data).hexdigest()
         for ending in _ENDINGS:
             self._unfinished(ending).rename(self._folder / f"{self._name}.{ending}")
@@ -303,27 +304,4 @@ class ShardWriter:
             self._unfinished(ending).unlink(missing_ok=True)
 
     def _unfinished(self, ending: str) -> Path:
-        return _unfinished(self._folder / f"{self._name}.{ending}")
-
-
-def _unfinished(path: Path) -> Path:
-    # The process number: a worker that outlives a killed run must not write into our file.
-    return path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file and waits until it is on disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    beside = _unfinished(path)
-    try:
-        write_synced(beside, data)
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        return atomic.unfinished(self._folder / f"{self._name}.{ending}")

@@ -25,6 +25,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any, Literal
 
+from minilm_jax.atomic import write_atomically
 from minilm_jax.data.corpus import (
     FORMAT,
     MANIFEST,
@@ -33,7 +34,6 @@ from minilm_jax.data.corpus import (
     ShardWriter,
     read_manifest,
     shard_from_json,
-    write_atomically,
 )
 from minilm_jax.data.documents import Document
 from minilm_jax.data.sources import Part, TextSource, read_part, split_source

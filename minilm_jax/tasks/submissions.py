@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from minilm_jax.atomic import write_atomically
 from minilm_jax.tasks.answers import Prediction
 from minilm_jax.tasks.catalog import Part, Task
 from minilm_jax.tasks.examples import TextExample
@@ -64,6 +65,5 @@ def _json(value: object) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, "utf-8")
-    return beside.rename(path)
+    write_atomically(path, text)
+    return path

@@ -12,6 +12,7 @@ from typing import IO, Any, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from minilm_jax.atomic import write_atomically
 from minilm_jax.train.checkpoint import HELDOUT
 from minilm_jax.train.goodput import duration
 from minilm_jax.train.hardware import GIB, peak_flops, peak_memory
@@ -153,9 +154,7 @@ class Monitor:
         if not path.exists():
             return
         kept = [line + "\n" for line, row in _read_rows(path) if row["step"] <= step]
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text("".join(kept))
-        beside.rename(path)
+        write_atomically(path, "".join(kept))
 
 
 def plot_loss(metrics_path: Path, target: Path) -> bool:

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import logging
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from minilm_jax.atomic import write_atomically
 from minilm_jax.differences import differences
 from minilm_jax.errors import ConfigError
 
@@ -166,10 +166,5 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes beside, then renames: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    """Writes indented JSON; a reader never sees half a file."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilm_jax.data import corpus as corpus_module
+from minilm_jax import atomic
 from minilm_jax.data import prepare as prepare_module
 from minilm_jax.data import sources as sources_module
-from minilm_jax.data.corpus import Corpus
+from minilm_jax.data.corpus import Corpus, ShardWriter
 from minilm_jax.data.documents import Document
 from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource
@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_without_losing_or_repeating(
     """`at` shards are finished, then the process stops in the midst of the next one."""
     settings = {"tokenizer": vocabulary, "workers": 0, "shard_tokens": 1500}
     prepare(text, output=tmp_path / "whole", **settings)
-    finish = corpus_module.ShardWriter.finish
+    finish = ShardWriter.finish
     done = []
 
     def stopping(self):
@@ -134,14 +134,14 @@ def test_an_interrupted_run_goes_on_without_losing_or_repeating(
         done.append(self)
         return finish(self)
 
-    monkeypatch.setattr(corpus_module.ShardWriter, "finish", stopping)
+    monkeypatch.setattr(ShardWriter, "finish", stopping)
     with pytest.raises(StoppedError):
         prepare(text, output=tmp_path / "cut", **settings)
     with pytest.raises(DataError, match="is unfinished"):
         Corpus.open(tmp_path / "cut")
     kept = len(list((tmp_path / "cut" / "records").glob("*"))) if at else 0
     assert kept == at
-    monkeypatch.setattr(corpus_module.ShardWriter, "finish", lambda s: done.append(s) or finish(s))
+    monkeypatch.setattr(ShardWriter, "finish", lambda s: done.append(s) or finish(s))
     prepare(text, output=tmp_path / "cut", **settings)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert len(done) == len(list((tmp_path / "whole" / "records").glob("*")))
@@ -150,7 +150,7 @@ def test_an_interrupted_run_goes_on_without_losing_or_repeating(
 def test_a_full_disk_is_a_sentence_and_keeps_what_was_prepared(
     text, vocabulary, tmp_path, monkeypatch
 ):
-    write = corpus_module.write_synced
+    write = atomic.write_synced
     left = [12]
 
     def filling(path, data):
@@ -161,7 +161,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_prepared(
 
     settings = {"tokenizer": vocabulary, "output": tmp_path / "out", "workers": 0}
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "write_synced", filling)
+        patch.setattr(atomic, "write_synced", filling)
         with pytest.raises(DataError, match=r"No space left.*what is prepared stays"):
             prepare(text, **settings)
     kept = files(tmp_path / "out")
