@@ -177,7 +177,9 @@ class RelationObjective(Objective):
         pairs = self._pairs(teacher, student)
         keys = jax.random.split(key, len(pairs))
         names = [f"{teacher_layer}_{student_layer}" for teacher_layer, student_layer in pairs]
-        projections = {name: init(k, shape) for name, k in zip(names, keys, strict=True)}
+        projections = {
+            name: init(k, shape, jnp.float32) for name, k in zip(names, keys, strict=True)
+        }
         return {"value_projection": projections}
 
     def _weighted(self) -> list[Relation]:

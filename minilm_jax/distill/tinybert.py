@@ -96,7 +96,8 @@ class TinyBertObjective(Objective):
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
         """Returns the projection of width, [D student, D teacher]."""
         init = jax.nn.initializers.truncated_normal(student.initializer_range)
-        return {"width_projection": init(key, (student.hidden_size, teacher.hidden_size))}
+        shape = (student.hidden_size, teacher.hidden_size)
+        return {"width_projection": init(key, shape, jnp.float32)}
 
 
 def attention_scores(projections: Projections, heads: int) -> Float[Array, "B H L L"]:

@@ -30,7 +30,12 @@ class RowDropout(nn.Module):
 
 def row_words(key: Array, rows: Int[Array, "B"]) -> UInt32[Array, "B 2"]:
     """Returns two random words for each row of the global batch, from which its mask follows."""
-    return jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (2,)))(rows)
+
+    def words(row: Int[Array, ""]) -> UInt32[Array, "2"]:
+        # Left to itself it draws 64 bits where JAX has them: other masks, and none a kernel takes.
+        return jax.random.bits(jax.random.fold_in(key, row), (2,), jnp.uint32)
+
+    return jax.vmap(words)(rows)
 
 
 def kept(

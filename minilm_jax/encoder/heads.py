@@ -58,7 +58,7 @@ class MaskedLM(nn.Module):
             activation = ACTIVATIONS["gelu" if fixed else config.hidden_act]
             hidden = activation(Dense(config.hidden_size, config, self.dtype, name="dense")(hidden))
             hidden = LayerNorm(config, self.dtype, name="norm")(hidden)
-        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
+        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,), jnp.float32)
         logits = jnp.einsum(
             "...d,vd->...v",
             hidden.astype(self.dtype),

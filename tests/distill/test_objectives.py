@@ -210,6 +210,32 @@ def test_dropout_and_gradients_do_not_depend_on_the_device_count(objective, para
             np.testing.assert_allclose(b, a, rtol=0, atol=tolerance, err_msg=str(path))
 
 
+def test_where_jax_has_64_bits_a_step_is_the_same(params):
+    """Dropout on and a learned projection: what is drawn must not depend on the width of numbers.
+
+    On one device, so that the kernels in C++ are met, too."""
+    teacher, student = params
+    objective = RelationObjective(relations=(("qk", 1.0),), value_mse=1.0)
+    optimizer = optax.sgd(0.05)
+    batch = rows_of([[d] for d in documents(4)], length=12)
+
+    def stepped():
+        new = objective.new_params(jax.random.key(3), TEACHER, STUDENT)
+        devices = Devices(devices=jax.devices()[:1])
+        step = make_step(objective.make_loss(TEACHER, STUDENT, Compute()), optimizer)
+        state = devices.place(create_state({**student, **new}, optimizer))
+        given = devices.place(make_given(teacher, seed=5))
+        state, metrics = devices.lift_step(step)(state, given, devices.place_batch(batch))
+        return jax.device_get((state, metrics))
+
+    usual = stepped()
+    with jax.enable_x64(True):
+        wide = stepped()
+    for (path, a), b in zip(jax.tree.leaves_with_path(usual), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6, err_msg=str(path))
+        assert a.dtype == b.dtype, path
+
+
 def test_a_mesh_divides_activations_by_rows(monkeypatch):
     """Not by columns as the parameters, with the rows gathered: a device holds what pmap's does."""
     # Of a CPU's memory pmap saves some that a mesh cannot (cpu.py): not what is compared here.
