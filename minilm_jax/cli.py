@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -11,10 +12,11 @@ import signal
 import sys
 import traceback
 import types
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from minilm_jax import __version__
 from minilm_jax.errors import ConfigError, UserError
@@ -200,8 +202,8 @@ def _why_not_run(error: Exception, file: str) -> str:
 def check_types(config: Any, *, file: str, prefix: str = "") -> None:
     """Raises ConfigError where a setting of an experiment has not the type it is declared with.
 
-    Options are parsed by their types; what stands in a Python file is taken as it is, and a text in
-    the place of a path would fail far from here.
+    Options are parsed by their types; what stands in a Python file is taken as it is. A text in the
+    place of a path would fail far from here, and a choice that is none would be taken for another.
     """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return
@@ -209,6 +211,11 @@ def check_types(config: Any, *, file: str, prefix: str = "") -> None:
     for field in dataclasses.fields(config):
         name, value, wanted = prefix + field.name, getattr(config, field.name), declared[field.name]
         check_types(value, file=file, prefix=f"{name}.")
+        for stray, known in _strays(value, wanted):
+            raise ConfigError(
+                f"experiment {file}: {name} is {stray!r}, which is none of {', '.join(known)}"
+                f"{_nearest(str(stray), known)}"
+            )
         if wanted not in _NAMES:
             continue
         fits = isinstance(value, (int, float) if wanted is float else wanted)
@@ -216,6 +223,17 @@ def check_types(config: Any, *, file: str, prefix: str = "") -> None:
             raise ConfigError(
                 f"experiment {file}: {name} is {value!r}, where {_NAMES[wanted]} belongs"
             )
+
+
+def _strays(value: Any, declared: Any) -> Iterator[tuple[Any, list[str]]]:
+    """Yields each value that is none of the choices declared for it, and the choices."""
+    kind, parts = get_origin(declared), get_args(declared)
+    if kind is Literal and value not in parts:
+        yield value, [str(part) for part in parts]
+    elif kind is tuple and isinstance(value, tuple):
+        each = itertools.repeat(parts[0]) if parts[-1:] == (...,) else parts
+        for one, wanted in zip(value, each, strict=False):
+            yield from _strays(one, wanted)
 
 
 def make_way(config: Any, options: list[str], *, prefix: str = "--") -> Any:

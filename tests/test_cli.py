@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -146,6 +147,8 @@ def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):
 class Inner:
     steps: int = 6
     rate: float = 1
+    start: Literal["random", "teacher"] = "random"
+    pairs: tuple[tuple[Literal["qk", "vv"], float], ...] = (("vv", 1.0),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +164,14 @@ class Outer:
         (Outer(train=Inner(steps=6.0)), "train.steps is 6.0, where an int belongs"),
         (Outer(train=Inner(steps=True)), "train.steps is True, where an int belongs"),
         (Outer(train=Inner(rate="1e-3")), "train.rate is '1e-3', where a float belongs"),
+        (
+            Outer(train=Inner(start="techer")),
+            "train.start is 'techer', which is none of random, teacher; did you mean 'teacher'?",
+        ),
+        (
+            Outer(train=Inner(pairs=(("qk", 1.0), ("qs", 1.0)))),
+            "train.pairs is 'qs', which is none of qk, vv",
+        ),
     ],
 )
 def test_a_setting_of_another_type_is_refused(config, message):
