@@ -144,10 +144,10 @@ class Embeddings(nn.Module):
             return Embed(rows, config, name=name)
 
         embedded = table(config.vocab_size, "word")(input_ids)
-        # RoBERTa numbers real tokens from pad + 1 and gives padding the pad row; with offset 0
-        # this leaves BERT's positions as they are.
-        positions = jnp.where(segments > 0, positions + config.position_offset, config.pad_token_id)
-        positions = jnp.minimum(positions, config.max_position_embeddings - 1)
+        # RoBERTa numbers real tokens from pad + 1 and gives padding the pad row; with offset 0 any
+        # row of the table will do for padding.
+        padding = max(config.position_offset - 1, 0)
+        positions = jnp.where(segments > 0, positions + config.position_offset, padding)
         embedded += table(config.max_position_embeddings, "position")(positions)
         if config.type_vocab_size:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -237,6 +237,8 @@ def encode(
       config: the encoder's shape.
       params: its parameters.
       batch: `input_ids`, `segments` and what else of `INPUTS` there is; other entries are ignored.
+        An id beyond its table gives NaN, and so does a document's token beyond
+        `config.max_length`.
       compute: dtype, rematerialisation, attention; the defaults where absent.
       key: of the dropout; None is deterministic, and on a CPU takes a few rows at a time.
       stop_after: see `Encoder.__call__`.
