@@ -19,7 +19,8 @@ class Mean(NamedTuple):
 
     def value(self) -> Float[Array, "*shape"]:
         """Returns total / count, and 0 where nothing was counted."""
-        return self.total / jnp.maximum(self.count, 1.0)
+        # A count may be a sum of weights, and below 1.
+        return self.total / jnp.where(self.count == 0, 1.0, self.count)
 
 
 class Loss(NamedTuple):

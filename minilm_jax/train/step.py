@@ -159,7 +159,7 @@ def counts_of(loss: Loss) -> dict[str, Array]:
 def sum_of_ratios(terms: dict[str, Mean], counts: dict[str, Array]) -> Float[Array, ""]:
     """Returns the sum over terms of this part's total divided by the global count."""
     return jnp.sum(
-        jnp.stack([mean.total / jnp.maximum(counts[name], 1.0) for name, mean in terms.items()])
+        jnp.stack([mean._replace(count=counts[name]).value() for name, mean in terms.items()])
     )
 
 

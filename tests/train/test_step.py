@@ -10,6 +10,7 @@ import pytest
 from ragged_problem import ROWS, make_problem, ragged_loss
 
 from minilm_jax.errors import ConfigError
+from minilm_jax.reductions import Mean
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.optimizer import (
     OptimizerConfig,
@@ -64,6 +65,28 @@ def test_any_split_equals_one_device(problem, lift, count, fsdp, accumulate):
     for name in ("loss", "mean", "rare", "grad_norm", "per_column"):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
     assert metrics["counts"]["rows"] == ROWS
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_mean_by_weights_does_not_depend_on_their_scale(problem, accumulate):
+    """Where the weights sum to less than 1, too: a count is not always one of things."""
+    params, frozen, batches = problem
+    devices = Devices(devices=jax.devices()[:1])
+
+    def stepped(scale):
+        def weighted(*given):
+            loss = ragged_loss(*given)
+            terms = {name: Mean(scale * x, scale * n) for name, (x, n) in loss.terms.items()}
+            return loss._replace(terms=terms)
+
+        step = devices.lift_step(make_step(weighted, SGD, accumulate=accumulate))
+        state = devices.place(create_state(params, SGD))
+        given = devices.place(make_given(frozen, seed=3))
+        return jax.device_get(step(state, given, devices.place_batch(batches[0])))
+
+    (expected, metrics), (found, found_metrics) = stepped(1.0), stepped(2.0**-10)
+    np.testing.assert_allclose(found.params["kernel"], expected.params["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(found_metrics["loss"], metrics["loss"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("lift", ["pmap", "mesh"])
