@@ -38,16 +38,26 @@ def matthews(predicted: Sequence[Hashable], gold: Sequence[Hashable]) -> float:
 
 
 def pearson(predicted: Float[np.ndarray, "B"], gold: Float[np.ndarray, "B"]) -> float:
-    """Returns Pearson's correlation; 0 where one side is constant and it is undefined."""
+    """Returns Pearson's correlation; 0 where one side is constant and it is undefined.
+
+    Raises:
+      ValueError: a value is not finite, or the sides differ in length.
+    """
     _check(predicted, gold)
+    _check_finite(predicted, gold)
     x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (predicted, gold))
     spread = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / spread) if spread > 0 else 0.0
 
 
 def spearman(predicted: Float[np.ndarray, "B"], gold: Float[np.ndarray, "B"]) -> float:
-    """Returns Pearson's correlation of the ranks; ties share the mean of their ranks."""
+    """Returns Pearson's correlation of the ranks; ties share the mean of their ranks.
+
+    Raises:
+      ValueError: a value is not finite, or the sides differ in length.
+    """
     _check(predicted, gold)
+    _check_finite(predicted, gold)  # NaN has a rank: the last
     return pearson(_ranks(predicted), _ranks(gold))
 
 
@@ -60,3 +70,9 @@ def _ranks(values: Float[np.ndarray, "B"]) -> np.ndarray:
 def _check(predicted: Sized, gold: Sized) -> None:
     if len(predicted) != len(gold) or not len(gold):
         raise ValueError(f"{len(predicted)} predictions for {len(gold)} gold values")
+
+
+def _check_finite(*sides: Float[np.ndarray, "B"]) -> None:
+    bad = sum(int((~np.isfinite(side)).sum()) for side in sides)
+    if bad:
+        raise ValueError(f"{bad} of the values to correlate are not finite")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from minilm_jax.errors import DataError
 from minilm_jax.tasks.answers import Prediction
 from minilm_jax.tasks.catalog import Task
 from minilm_jax.tasks.examples import QuestionExample, TextExample
@@ -17,7 +18,23 @@ _POSITIVE = {"mrpc": "equivalent", "qqp": "duplicate"}
 def score_texts(
     task: Task, examples: Sequence[TextExample], predicted: Sequence[str | float]
 ) -> dict[str, float]:
-    """Returns the task's metrics; none where the split hides its labels."""
+    """Returns the task's metrics; none where the split hides its labels.
+
+    Args:
+      task: decides the metrics.
+      examples: the part.
+      predicted: of each example, in their order: the class's name, or a score.
+
+    Raises:
+      DataError: a prediction is none of the task's classes, such as a class's number.
+      ValueError: not one for each example, or a score is not finite.
+    """
+    strays = [label for label in predicted if task.labels and label not in task.labels]
+    if strays:
+        raise DataError(
+            f"{strays[0]!r} is predicted, which is no class of {task.name}: give names, "
+            f"{' or '.join(task.labels)}"
+        )
     gold = [example.label for example in examples]
     if any(label is None for label in gold):
         return {}

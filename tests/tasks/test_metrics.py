@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
+from minilm_jax.errors import DataError
 from minilm_jax.tasks.catalog import TASKS
 from minilm_jax.tasks.examples import Answer, QuestionExample, TextExample
 from minilm_jax.tasks.metrics import accuracy, f1, matthews, pearson, spearman
@@ -54,6 +55,24 @@ def test_correlations_equal_scipys_with_ties():
         warnings.simplefilter("ignore")
         expected = scipy_stats.pearsonr(x, y).statistic, scipy_stats.spearmanr(x, y).statistic
     assert (pearson(x, y), spearman(x, y)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", [pearson, spearman])
+def test_no_correlation_is_made_of_what_is_no_number(metric):
+    """It was 0 by Pearson and 1 by Spearman."""
+    with pytest.raises(ValueError, match="1 of the values"):
+        metric(np.array([1.0, 2.0, np.nan]), np.arange(3.0))
+
+
+@pytest.mark.parametrize("predicted", [["1", "0"], ["Equivalent", "not_equivalent"]])
+def test_a_prediction_that_is_no_class_is_refused_and_not_counted_wrong(predicted):
+    labels = ("equivalent", "not_equivalent")
+    examples = [TextExample(id=label, text="a", text_pair="b", label=label) for label in labels]
+    with pytest.raises(
+        DataError, match=f"{predicted[0]!r} is predicted, which is no class of mrpc"
+    ):
+        score_texts(TASKS["mrpc"], examples, predicted)
+    assert score_texts(TASKS["mrpc"], examples, labels)["accuracy"] == 100.0
 
 
 def test_pearson_far_from_zero_keeps_its_digits():
