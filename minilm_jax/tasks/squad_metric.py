@@ -133,7 +133,7 @@ def _best_threshold(
             total -= 1.0
         if total > best:
             best, threshold = total, odds[example.id]
-    return 100.0 * best / len(examples), threshold
+    return 100.0 * best / max(len(examples), 1), threshold
 
 
 def percent(scores: Sequence[ExactF1]) -> dict[str, float]:

@@ -144,6 +144,12 @@ def test_squad2_leaves_questions_without_prediction_out_and_says_so():
     assert (scores["exact"], scores["total"], scores["missing"]) == (100.0, 1, 3)
 
 
+def test_squad2_of_no_prediction_at_all_is_zero():
+    example = QuestionExample(id="1", question="q", context="x", answers=())
+    scores = squad2_scores([example], {}, no_answer_odds={})
+    assert (scores["exact"], scores["best_exact"], scores["missing"]) == (0.0, 0.0, 1.0)
+
+
 def test_squad2_best_threshold_by_hand():
     predictions = {"a": "France", "b": "the 10th", "n": "Rollo", "m": "Norway"}
     odds = {"a": -5.0, "b": 1.0, "n": 0.5, "m": 7.0}
