@@ -233,6 +233,9 @@ def encode(
 ) -> EncoderOutput:
     """Returns what the encoder with these parameters makes of a batch; the one way to call it.
 
+    JAX differentiates it in reverse mode, and twice with `compute.attention` plain: a kernel's
+    gradient has none. Forward mode (`jax.jvp`, `jax.hessian`) is refused by JAX.
+
     Args:
       config: the encoder's shape.
       params: its parameters.
