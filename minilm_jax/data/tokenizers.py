@@ -189,6 +189,25 @@ class Tokenizer:
         second_type = 1 if self.kind == "wordpiece" else 0
         return Encoded(first + second, [0] * len(first) + [second_type] * len(second))
 
+    def batch(
+        self, texts: Sequence[str], *, max_length: int, multiple_of: int = 1
+    ) -> dict[str, np.ndarray]:
+        """Returns `input_ids` and `segments`, int32 `[B, L]`: a text a row, as `encode` takes them.
+
+        Args:
+          texts: one or more.
+          max_length: tokens of a row at most, the two special ones included; the rest is cut off.
+          multiple_of: the longest row's length is rounded up to a multiple of it, or to
+            `max_length`, so that few shapes are compiled.
+        """
+        rows = [self.build(ids[: max_length - 2]).ids for ids in self.encode(texts)]
+        longest = max(map(len, rows))
+        shape = (len(rows), min(-(-longest // multiple_of) * multiple_of, max_length))
+        input_ids, segments = np.full(shape, self.pad_id, np.int32), np.zeros(shape, np.int32)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        return {"input_ids": input_ids, "segments": segments}
+
 
 def _stretches(text: str, *, keep_space: bool) -> list[str]:
     """Returns the text cut at single spaces between words, where no family looks across."""

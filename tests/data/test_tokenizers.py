@@ -84,6 +84,29 @@ def test_pairs_follow_the_family(bert, xlmr_folder):
     assert bert.build([5]).ids == [101, 5, 102]
 
 
+def test_a_batch_of_texts_is_what_transformers_makes_of_them(bert, bert_folder):
+    from transformers import AutoTokenizer
+
+    texts = ["a few words", "", "many more words than the row has room for, one would think"]
+    theirs = AutoTokenizer.from_pretrained(bert_folder)(
+        texts, padding=True, truncation=True, max_length=9, return_tensors="np"
+    )
+    batch = bert.batch(texts, max_length=9)
+    np.testing.assert_array_equal(batch["input_ids"], theirs["input_ids"])
+    np.testing.assert_array_equal(batch["segments"], theirs["attention_mask"])
+    assert {x.dtype.name for x in batch.values()} == {"int32"}
+
+
+def test_a_batch_is_filled_with_the_pad_id_to_the_length_that_is_asked_for(xlmr_folder):
+    xlmr = load_tokenizer(xlmr_folder)
+    (ids,) = xlmr.encode(["hello"])
+    batch = xlmr.batch(["hello", ""], max_length=30, multiple_of=8)
+    rows = [[0, *ids, 2], [0, 2]]  # the pad id of this family is 1, not 0
+    assert batch["input_ids"].tolist() == [row + [1] * (8 - len(row)) for row in rows]
+    assert batch["segments"].sum(axis=1).tolist() == list(map(len, rows))
+    assert xlmr.batch(["hello " * 40], max_length=30, multiple_of=8)["segments"].shape == (1, 30)
+
+
 def test_the_folder_that_calls_itself_bert_and_holds_sentencepiece(xlmr_folder, tmp_path):
     copy(xlmr_folder, tmp_path, "sentencepiece.bpe.model")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 700}))
