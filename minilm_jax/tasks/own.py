@@ -36,8 +36,8 @@ def read_texts(
     """
     found = []
     for number, origin, row in _spoken(_records(file, hidden=hidden), language, file):
-        said = row.get("label")
-        if said is None or said == "" or said != said:  # NaN is pandas' missing value
+        said = _given(row, "label")
+        if said is None:
             if not hidden:
                 raise DataError(f"{origin}: label is missing; a class name belongs there")
             label = None
@@ -49,9 +49,9 @@ def read_texts(
         pair = row.get("text_pair")
         found.append(
             TextExample(
-                id=str(row.get("id", number)),
+                id=str(_given(row, "id", number)),
                 text=_text(row, "text", origin),
-                text_pair=None if pair is None else _text(row, "text_pair", origin),
+                text_pair=None if pair is None or pair != pair else _text(row, "text_pair", origin),
                 label=label,
                 language=_language(row),
                 origin=origin,
@@ -122,12 +122,12 @@ def read_questions(
                 continue
         found.append(
             QuestionExample(
-                id=str(row.get("id", number)),
+                id=str(_given(row, "id", number)),
                 question=question,
                 context=context,
                 answers=answers,
                 language=_language(row),
-                question_language=str(row.get("question_language", _language(row))),
+                question_language=str(_given(row, "question_language", _language(row))),
                 origin=origin,
             )
         )
@@ -171,7 +171,13 @@ def _spoken(
 
 
 def _language(row: dict[str, Any]) -> str:
-    return str(row.get("language", "en"))
+    return str(_given(row, "language", "en"))
+
+
+def _given(row: dict[str, Any], key: str, default: Any = None) -> Any:
+    """Returns an optional value; an empty cell, null and pandas' NaN are none."""
+    value = row.get(key)
+    return default if value is None or value == "" or value != value else value
 
 
 def _text(row: dict[str, Any], key: str, origin: str) -> str:

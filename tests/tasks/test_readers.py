@@ -349,6 +349,29 @@ def test_own_texts_that_are_not_right(tmp_path, line, message):
         read_texts(tmp_path / "a.jsonl")
 
 
+def test_what_is_optional_may_be_null_or_an_empty_cell(tmp_path, skips):
+    """As pandas writes a table in which some rows have it."""
+    tsv = write_tsv(
+        tmp_path / "a.tsv", ("text", "label", "id", "language"), *2 * [("win", "x", "", "")]
+    )
+    lines = '{"text": "win", "label": "x", "id": null, "language": null, "text_pair": NaN}\n' * 2
+    (tmp_path / "a.jsonl").write_text(lines)
+    for file in (tsv, tmp_path / "a.jsonl"):
+        found = read_texts(file, language="en")
+        assert [(e.id, e.language, e.text_pair) for e in found] == [
+            ("0", "en", None),
+            ("1", "en", None),
+        ]
+    row = {"question": "Who?", "context": "In Rome.", "answers": [], "id": None}
+    row |= {"language": None, "question_language": None}
+    (tmp_path / "q.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    questions = read_questions(tmp_path / "q.jsonl", purpose="evaluate", skips=skips)
+    assert [(e.id, e.language, e.question_language) for e in questions] == [
+        ("0", "en", "en"),
+        ("1", "en", "en"),
+    ]
+
+
 def test_own_files_to_predict_need_no_label(tmp_path):
     file = write_tsv(tmp_path / "a.tsv", ("text",), ("win",))
     assert read_texts(file, hidden=True)[0].label is None
