@@ -1,6 +1,7 @@
 """A user's own data: classification as tsv or jsonl, questions as jsonl or SQuAD's JSON."""
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,11 @@ def read_texts(
                 raise DataError(f"{origin}: label is missing; a class name belongs there")
             label = None
         else:
+            if isinstance(said, list | dict):
+                raise DataError(
+                    f"{origin}: label {json.dumps(said):.60} is a {type(said).__name__}; one class"
+                    " name belongs there"
+                )
             if str(said) != str(said).strip():
                 raise DataError(f"{origin}: label {said!r} begins or ends with a space; remove it")
             allowed = {x: x for x in labels} if labels is not None else {str(said): str(said)}

@@ -340,6 +340,8 @@ def test_own_texts_as_tsv_and_jsonl(tmp_path):
         ("[]", r"a.jsonl:1: is a list"),
         ('{"text": "x", "label": NaN}', r"a.jsonl:1: label is missing"),
         ('{"text": "x", "label": "pos "}', r"a.jsonl:1: label 'pos ' begins or ends with a space"),
+        ('{"text": "x", "label": ["a", "b"]}', r'label \["a", "b"\] is a list; one class name'),
+        ('{"text": "x", "label": {"a": 1}}', r"is a dict; one class name belongs there"),
         (r'{"text": "so \ud83d!", "label": "x"}', r"a.jsonl:1: half of .* in .*so \\ud83d!"),
     ],
 )
