@@ -81,6 +81,18 @@ class Skips:
         return summary + self.listed + ([f"… and {hidden:,} more"] if hidden else [])
 
 
+def check_some(
+    found: Sequence[object], what: Literal["example", "question"], skips: Skips, *, name: str
+) -> None:
+    """Raises DataError where nothing was found, which says why if all of it was left out."""
+    if found:
+        return
+    if not skips.counts:
+        raise DataError(f"{name}: holds no {what}")
+    reasons = "; ".join(skips.lines()[: len(skips.counts) + 1])
+    raise DataError(f"{name}: every {what} is left out: {reasons}")
+
+
 def check_examples(
     examples: Sequence[TextExample] | Sequence[QuestionExample],
     key: Literal["label", "answers"],

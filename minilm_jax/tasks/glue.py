@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from minilm_jax.errors import ConfigError, DataError
-from minilm_jax.tasks.examples import Skips, TextExample
+from minilm_jax.tasks.examples import Skips, TextExample, check_some
 from minilm_jax.tasks.files import Row, read_tsv
 
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -162,8 +162,7 @@ def read_glue(folder: Path, *, task: GlueName, split: str, skips: Skips) -> list
                 origin=row.origin,
             )
         )
-    if not found:
-        raise DataError(f"{file}: holds no example")
+    check_some(found, "example", skips, name=str(file))
     return found
 
 

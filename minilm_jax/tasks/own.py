@@ -12,6 +12,7 @@ from minilm_jax.tasks.examples import (
     Skips,
     TextExample,
     check_examples,
+    check_some,
 )
 from minilm_jax.tasks.files import read_jsonl, read_tsv
 from minilm_jax.tasks.glue import class_name
@@ -137,8 +138,7 @@ def read_questions(
                 origin=origin,
             )
         )
-    if not found:
-        raise DataError(f"{file}: holds no question")
+    check_some(found, "question", skips, name=str(file))
     check_examples(found, "answers", file=file)
     return found
 

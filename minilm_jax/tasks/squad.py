@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilm_jax.errors import DataError
-from minilm_jax.tasks.examples import Answer, QuestionExample, Skips, check_examples
+from minilm_jax.tasks.examples import (
+    Answer,
+    QuestionExample,
+    Skips,
+    check_examples,
+    check_some,
+)
 from minilm_jax.tasks.files import read_json
 
 Version = Literal["1.1", "2.0", "any"]
@@ -69,8 +75,7 @@ def read_squad(
                 origin=origin,
             )
         )
-    if not found:
-        raise DataError(f"{file}: holds no question")
+    check_some(found, "question", skips, name=str(file))
     if version == "2.0" and not marked:
         raise DataError(
             f"{file}: no question has is_impossible, so it is SQuAD 1.1; take task squad1 or the"

@@ -425,6 +425,27 @@ def test_own_questions(tmp_path, skips):
         read_questions(file, purpose="evaluate", skips=skips)
 
 
+def test_a_file_of_which_nothing_can_be_learnt_says_why(tmp_path):
+    """As where answer_start counts bytes: the file does hold questions."""
+    answers = [{"text": "Norway", "answer_start": 9}]
+    qas = [{"id": str(i), "question": "Where?", "answers": answers} for i in range(3)]
+    paragraph = {"context": "Élan in Norway.", "qas": qas}
+    (tmp_path / "q.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    rows = [json.dumps(qa | {"context": "Élan in Norway."}) for qa in qas]
+    (tmp_path / "q.jsonl").write_text("\n".join(rows))
+    for name, first in (("q.json", "q.json, question '0'"), ("q.jsonl", "q.jsonl:1")):
+        with pytest.raises(
+            DataError,
+            match=rf"{name}: every question is left out: skipped 3: the "
+            rf"answer does not stand at its answer_start; .*{first}: the answer",
+        ):
+            read_questions(tmp_path / name, purpose="train", skips=Skips())
+    row = ("0", "a", "b", "-")
+    write_tsv(tmp_path / "dev_matched.tsv", ("index", "sentence1", "sentence2", "gold_label"), row)
+    with pytest.raises(DataError, match="every example is left out: skipped 1: no gold label"):
+        read_glue(tmp_path, task="mnli", split="dev", skips=Skips())
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_questions_without_answers_are_not_taken_for_unanswerable_ones(tmp_path, suffix):
     """Only an empty list says that there is none: a key may be misspelt, or the answers hidden."""
