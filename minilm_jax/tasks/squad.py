@@ -49,7 +49,9 @@ def read_squad(
         # The id, and no line: official files have one line.
         origin = f"{file}, question {qa['id']!r}"
         marked = marked or "is_impossible" in qa
-        impossible = bool(qa.get("is_impossible", False))
+        impossible = qa.get("is_impossible") or False
+        if impossible not in (True, False):
+            raise DataError(f"{origin}: is_impossible is {impossible!r:.40}; true or false belongs")
         question = _text(qa, "question", origin)
         if not question.strip():
             raise DataError(f"{origin}: the question is empty; write one or remove it")

@@ -268,6 +268,7 @@ def test_answers_not_at_their_place_are_skipped_in_training_and_listed(
         (lambda qa: qa.update(question=" \n"), r"train.json, question 'q1': the question is e"),
         (lambda qa: qa.update(question=None), r"question 'q1': question is missing or no text"),
         (lambda qa: qa.update(answers=[]), r"question 'q1': has no answer to learn from"),
+        (lambda qa: qa.update(is_impossible="false"), r"'q1': is_impossible is 'false'; true or f"),
         (lambda qa: qa.update(id="q0"), r"train.json: the id 'q0' stands there 2 times"),
         (lambda qa: qa.pop("id"), r"has no id in quotes"),
         (lambda qa: qa["answers"][0].pop("answer_start"), r"needs a text and an integer answer_st"),
