@@ -155,7 +155,7 @@ def read_glue(folder: Path, *, task: GlueName, split: str, skips: Skips) -> list
             continue
         found.append(
             TextExample(
-                id=row.values.get("index", str(number)) if hidden else str(number),
+                id=_id(row, number) if hidden else str(number),
                 text=row.values[spec.text],
                 text_pair=row.values[spec.text_pair] if spec.text_pair else None,
                 label=label,
@@ -176,6 +176,11 @@ def _file(folder: Path, spec: GlueTask, task: GlueName, split: str) -> Path:
         raise ConfigError(f"{task} has no split {split!r}; it has {', '.join(splits)}")
     nested, own = folder / spec.folder / splits[split], folder / splits[split]
     return own if own.is_file() and not nested.is_file() else nested
+
+
+def _id(row: Row, number: int) -> str:
+    """Returns what the submission calls a row; QQP calls `id` what is `index` elsewhere."""
+    return row.values.get("index", row.values.get("id", str(number)))
 
 
 def _label(row: Row, spec: GlueTask, skips: Skips) -> str | float | None:

@@ -85,6 +85,12 @@ def test_rows_the_official_readers_skip_are_counted_and_listed(glue, skips):
     assert any("QQP/train.tsv:5: 2 columns" in line for line in skips.lines())
 
 
+def test_a_row_that_is_skipped_takes_its_id_along(tmp_path, skips):
+    rows = ("id", "question1", "question2"), (0, "a", "b"), (1, "broken"), (2, "c", "d")
+    write_tsv(tmp_path / "QQP/test.tsv", *rows)
+    assert [e.id for e in read_glue(tmp_path, task="qqp", split="test", skips=skips)] == ["0", "2"]
+
+
 def test_a_task_folder_itself_will_do(glue, skips):
     assert read_glue(glue / "RTE", task="rte", split="dev", skips=skips)
 
