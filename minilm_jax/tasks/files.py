@@ -94,7 +94,8 @@ def read_tsv(
             if ragged == "refuse":
                 raise DataError(
                     f"{origin}: {len(cells)} columns where {len(names)} belong"
-                    f" ({', '.join(names)}); a tab is missing or stands inside a text"
+                    f" ({', '.join(names)}); a tab is missing, or a tab or a line end stands"
+                    " inside a text"
                 )
             if skips is not None:
                 skips.add(f"{len(cells)} columns where {len(names)} belong", origin)

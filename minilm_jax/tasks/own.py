@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from minilm_jax.tasks.files import read_jsonl, read_tsv
 from minilm_jax.tasks.glue import class_name
 from minilm_jax.tasks.squad import answer_to_learn, gold_answers, read_squad
 
+# A cell that CSV writers put in quotes because it holds some, which they double.
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+
 
 def read_texts(
     file: Path,
@@ -28,7 +32,7 @@ def read_texts(
 ) -> list[TextExample]:
     """Returns the rows of a .tsv with a header line, or the objects of a .jsonl.
 
-    Columns: `text`, `label`, and optionally `text_pair`, `id`, `language`.
+    Columns: `text`, `label`, and optionally `text_pair`, `id`, `language`. Quotes are text.
 
     Args:
       file: what to read.
@@ -149,6 +153,13 @@ def _records(file: Path, *, hidden: bool) -> Iterator[tuple[str, dict[str, Any]]
             yield from read_jsonl(file)
         case ".tsv":
             for row in read_tsv(file, needs=("text",) if hidden else ("text", "label")):
+                for cell in row.values.values():
+                    if _QUOTED.fullmatch(cell):
+                        raise DataError(
+                            f"{row.origin}: {cell:.40} is quoted as in CSV, but quotes of a .tsv"
+                            " are text; write a .jsonl (pandas: to_json(file, orient='records',"
+                            " lines=True))"
+                        )
                 yield row.origin, dict(row.values)
         case _:
             raise DataError(

@@ -1,5 +1,6 @@
 """Official files in, examples out; and what each reader says of files that are not right."""
 
+import csv
 import gc
 import json
 import time
@@ -356,6 +357,17 @@ def test_own_texts_that_are_not_right(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=message):
         read_texts(tmp_path / "a.jsonl")
+
+
+def test_a_table_quoted_as_csv_is_not_taken_literally(tmp_path):
+    """pandas' and csv's writers quote a cell that holds quotes, whatever divides the columns."""
+    texts = ('He said "hi".', '"Hi", he said. "Ho."', '""', '"Hi."')
+    with (tmp_path / "a.tsv").open("w") as file:
+        csv.writer(file, delimiter="\t").writerows([("text", "label"), (texts[0], "x")])
+    with pytest.raises(DataError, match=r'a.tsv:2: "He said ""hi""\." is quoted as in CSV'):
+        read_texts(tmp_path / "a.tsv")
+    plain = write_tsv(tmp_path / "b.tsv", ("text", "label"), *((text, "x") for text in texts))
+    assert [e.text for e in read_texts(plain)] == list(texts)
 
 
 def test_what_is_optional_may_be_null_or_an_empty_cell(tmp_path, skips):
