@@ -1,5 +1,8 @@
 """What stands on an encoder: masked LM, classifiers, spans, pooler, and sentence embeddings.
 
+Logits are computed in fp32: bf16 numbers from 4 to 8 are 1/32 apart, and scores that lie closer
+would be ties, which the first class or token wins.
+
 Each head is applied to hidden states with its own parameters; the families' differences (which
 layers, which activation) are decided here by `config.model_type`, so callers see one interface.
 """
@@ -72,12 +75,11 @@ class NextSentence(nn.Module):
     """BERT's next-sentence scores, from the pooler's output."""
 
     config: EncoderConfig
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, pooled: Float[Array, "B D"]) -> Float[Array, "B 2"]:
         """Returns the logits of "B follows A" and "B is random"."""
-        return Dense(2, self.config, self.dtype, name="output")(pooled)
+        return Dense(2, self.config, jnp.float32, name="output")(pooled)
 
 
 class SequenceClassifier(nn.Module):
@@ -112,7 +114,7 @@ class SequenceClassifier(nn.Module):
             squash = jax.nn.relu if family == "distilbert" else jnp.tanh
             first = squash(Dense(config.hidden_size, config, self.dtype, name="dense")(first))
             first = drop(first, rows=rows, deterministic=deterministic)
-        return Dense(self.classes, config, self.dtype, name="output")(first)
+        return Dense(self.classes, config, jnp.float32, name="output")(first)
 
 
 class TokenClassifier(nn.Module):
@@ -122,7 +124,6 @@ class TokenClassifier(nn.Module):
     classes: int
     dropout: float | None = None
     """Rate; None takes hidden_dropout_prob."""
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -134,7 +135,7 @@ class TokenClassifier(nn.Module):
     ) -> Float[Array, "B L C"]:
         """Returns logits; `rows` is needed unless deterministic, as in the encoder."""
         hidden = _Drop(self.dropout, self.config)(hidden, rows=rows, deterministic=deterministic)
-        return Dense(self.classes, self.config, self.dtype, name="output")(hidden)
+        return Dense(self.classes, self.config, jnp.float32, name="output")(hidden)
 
 
 class SpanLogits(NamedTuple):
@@ -150,7 +151,6 @@ class Span(nn.Module):
     config: EncoderConfig
     dropout: float = 0.0
     """Rate; DistilBERT alone drops anything here."""
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -165,7 +165,7 @@ class Span(nn.Module):
         `rows` is needed unless deterministic, as in the encoder.
         """
         hidden = _Drop(self.dropout, self.config)(hidden, rows=rows, deterministic=deterministic)
-        logits = Dense(2, self.config, self.dtype, name="output")(hidden)
+        logits = Dense(2, self.config, jnp.float32, name="output")(hidden)
         return SpanLogits(start=logits[..., 0], end=logits[..., 1])
 
 

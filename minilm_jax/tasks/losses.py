@@ -70,9 +70,10 @@ class TaskModel:
         self._config = config
         self._kind = kind
         self._compute = compute or Compute()
-        dtype = jnp.dtype(self._compute.dtype)
-        self._classifier = SequenceClassifier(config, classes, head_dropout, dtype)
-        self._span = Span(config, head_dropout, dtype)
+        self._classifier = SequenceClassifier(
+            config, classes, head_dropout, jnp.dtype(self._compute.dtype)
+        )
+        self._span = Span(config, head_dropout)
 
     def logits(
         self, params: Params, batch: Mapping[str, Array], key: Array | None = None
@@ -96,8 +97,8 @@ class TaskModel:
             rngs=rngs,
         )
         if not span:
-            return scores.astype(jnp.float32)
-        both = jnp.stack([scores.start, scores.end], axis=1).astype(jnp.float32)
+            return scores
+        both = jnp.stack([scores.start, scores.end], axis=1)
         return jnp.where(batch["segments"][:, None] > 0, both, -jnp.inf)
 
     def loss(

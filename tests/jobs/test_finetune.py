@@ -822,6 +822,32 @@ def test_a_head_drops_in_training_alone(bert, kind):
     assert np.abs(logits(0.5, key) - plain).max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["classes", "score", "span"])
+def test_scores_that_bf16_would_make_equal_stay_apart(bert, kind):
+    """Around 4 it has steps of 1/32, and rows of a small model differ by less."""
+    model, _ = trained_model.load(str(bert))
+    params = losses.init_head(
+        jax.random.key(0),
+        model.config,
+        kind,
+        classes=1,
+        params={"encoder": model.params["encoder"]},
+    )
+    head = "span" if kind == "span" else "sequence_classifier"
+    output = params[head]["output"]
+    params[head] = {**params[head], "output": {**output, "bias": output["bias"] + 4.0}}
+    batch = {
+        "input_ids": jnp.arange(5, 65).reshape(15, 4),
+        "segments": jnp.ones((15, 4), jnp.int32),
+        "rows": jnp.arange(15),
+    }
+    compute = Compute(dtype="bfloat16")
+    logits = losses.TaskModel(model.config, kind, classes=1, compute=compute).logits(params, batch)
+    assert logits.dtype == jnp.float32
+    first = np.asarray(logits).reshape(15, -1)[:, 0]
+    assert np.ptp(first) < 1.0 and len(np.unique(first)) == 15
+
+
 def test_outputs_of_other_classes_are_no_start(official, bert, tmp_path):
     """RTE's classes stand in WNLI's order reversed: the names decide what is kept."""
     finetune.run(make("rte", bert, official, tmp_path / "rte", report="none"), say=quiet)
