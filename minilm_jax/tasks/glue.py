@@ -173,7 +173,8 @@ def _file(folder: Path, spec: GlueTask, task: GlueName, split: str) -> Path:
         places += [folder / "diagnostic.tsv", folder / "AX.tsv", folder.parent / "AX" / "AX.tsv"]
         return next((place for place in places if place.is_file()), places[0])
     if split not in splits:
-        raise ConfigError(f"{task} has no split {split!r}; it has {', '.join(splits)}")
+        known = [*splits, "ax"] if task == "mnli" else splits
+        raise ConfigError(f"{task} has no split {split!r}; it has {', '.join(known)}")
     nested, own = folder / spec.folder / splits[split], folder / splits[split]
     return own if own.is_file() and not nested.is_file() else nested
 

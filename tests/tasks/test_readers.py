@@ -114,6 +114,8 @@ def test_a_file_of_another_task_is_refused(glue, tmp_path, skips):
     (tmp_path / "dev.tsv").write_bytes((glue / "QNLI/dev.tsv").read_bytes())
     with pytest.raises(DataError, match=r"dev.tsv:1: no column 'sentence1', 'sentence2'; it has"):
         read_glue(tmp_path, task="rte", split="dev", skips=skips)
+    with pytest.raises(ConfigError, match=r"mnli has no split 'dev-m'; it has .*test-mm, ax$"):
+        read_glue(glue, task="mnli", split="dev-m", skips=skips)
     with pytest.raises(DataError, match=r"RTE/train.tsv: no such file"):
         read_glue(tmp_path, task="rte", split="train", skips=skips)
     with pytest.raises(ConfigError, match=r"rte has no split 'dev-mm'; it has train, dev, test"):
