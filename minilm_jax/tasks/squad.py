@@ -131,7 +131,10 @@ def gold_answers(qa: dict[str, Any], origin: str, *, hidden: bool) -> tuple[Answ
             " where the context does not answer the question"
         )
     if not isinstance(answers, list):
-        raise DataError(f"{origin}: answers is a {type(answers).__name__}; a list belongs there")
+        raise DataError(
+            f"{origin}: answers is a {type(answers).__name__}; a list belongs there, of objects"
+            ' such as {"text": "Rome", "answer_start": 3}'
+        )
     found = []
     for answer in answers:
         fields = answer if isinstance(answer, dict) else {}

@@ -498,7 +498,10 @@ def test_questions_without_answers_are_not_taken_for_unanswerable_ones(tmp_path,
     ):
         read(empty, misspelt, empty, hidden=True)
     for wrong, message in [
-        ({"text": ["Rome"], "answer_start": [3]}, "answers is a dict; a list belongs there"),
+        (
+            {"text": ["Rome"], "answer_start": [3]},
+            "answers is a dict; a list belongs there, of objects",
+        ),
         (["Rome"], "an answer needs a text and an integer answer_start"),
     ]:
         with pytest.raises(DataError, match=message):
