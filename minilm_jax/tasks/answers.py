@@ -126,19 +126,19 @@ def _spans(
     length = ends[None, :] - starts[:, None] + 1
     rows, columns = np.nonzero((length >= 1) & (length <= config.max_answer_length))
     scores = start[starts[rows]].astype(np.float64) + end[ends[columns]]
-    found = []
-    for position in np.argsort(-scores, kind="stable")[: config.n_best]:
+    found: dict[str, Candidate] = {}
+    for position in np.argsort(-scores, kind="stable"):
         first, last = starts[rows[position]], ends[columns[position]]
         begin, stop = cut(
             context, int(window.offsets[first, 0]), int(window.offsets[: last + 1, 1].max())
         )
-        if begin < stop:
-            found.append(
-                Candidate(
-                    text=context[begin:stop], start=begin, end=stop, score=float(scores[position])
-                )
-            )
-    return found
+        text = context[begin:stop]
+        if text and text not in found:
+            score = float(scores[position])
+            found[text] = Candidate(text=text, start=begin, end=stop, score=score)
+            if len(found) == config.n_best:
+                break
+    return list(found.values())
 
 
 def cut(context: str, start: int, end: int) -> tuple[int, int]:

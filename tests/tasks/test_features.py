@@ -224,6 +224,12 @@ def test_long_answers_and_few_candidates():
     assert (short.text, short.best_text, short.no_answer_odds) == ("", "", 1e4)
 
 
+def test_a_word_that_is_repeated_takes_one_place_among_the_best():
+    window = plain("a a", ([0, 0, 4, 5, 0], [0, 0, 5, 4, 0]))
+    found = ask("a a", window, n_best=2)
+    assert [(c.text, c.score) for c in found.n_best] == [("a", 9), ("a a", 8), ("", 0)]
+
+
 def test_marks_after_a_letter_belong_to_it():
     assert cut("Ko\u0308nig", 0, 2) == (0, 3)
     assert cut(" हिन्दी ", 0, 6) == (1, 7)
