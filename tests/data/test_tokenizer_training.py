@@ -86,7 +86,9 @@ def test_ctrl_c_ends_the_learning_at_once_and_leaves_nothing(tmp_path):
     """What Python does with SIGINT waits for native code, which here counts for minutes."""
     (tmp_path / "text.txt").write_text("A document.")
     script = (
-        "import itertools, sentencepiece, sys\n"
+        "import itertools, sentencepiece, signal, sys\n"
+        # A shell that starts the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from minilm_jax import cli\n"
         "def train(**_):\n"
         "    print('learning', flush=True)\n"
