@@ -82,12 +82,12 @@ class Inputs:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """Of every run: what its learning rate is the step is given."""
+        """The optimizer of every run; the learning rate is among what the step is given."""
         return make_optimizer(self._config.optimizer)
 
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
-        """The lifted step."""
+        """The lifted step of every run."""
         return lift_step(
             make_loss(self._config, self.task, self.source, self.labels),
             self.optimizer,

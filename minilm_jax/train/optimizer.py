@@ -132,7 +132,7 @@ def make_optimizer(
 
 
 def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
-    """Returns what makes a step down of a direction up: `-learning_rate` times it."""
+    """Returns an optimizer's last part: updates times `-learning_rate`, given with each step."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rate: Any, **unused: Any
