@@ -18,13 +18,14 @@ from minilm_jax.distill.objectives import mean_squared_error
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import ConfigError
 from minilm_jax.reductions import Loss
+from minilm_jax.settings import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenStates(Objective):
     """Mean squared error of the last hidden states; student and teacher of one width."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def check(self, teacher, student):
         """Raises ConfigError where the widths differ."""

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import importlib
 import io
-import itertools
 import logging
 import os
 import re
@@ -12,11 +11,10 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from minilm_jax import __version__
 from minilm_jax.errors import ConfigError, UserError
@@ -162,13 +160,12 @@ def load_experiment(name: str) -> Any:
     try:
         variables = _run(file)
     except UserError as error:
-        raise ConfigError(f"experiment {file}: {error}") from None
+        raise ConfigError(f"experiment {file}{_line(error, file)}: {error}") from None
     except Exception as error:
         raise ConfigError(f"experiment {file}{_why_not_run(error, file)}") from None
     if variant not in variables:
         public = [key for key in variables if not key.startswith("_")]
         raise ConfigError(f"experiment {file} has no {variant!r}{_nearest(variant, public)}")
-    check_types(variables[variant], file=file)
     return variables[variant]
 
 
@@ -192,48 +189,15 @@ def _why_not_run(error: Exception, file: str) -> str:
             f"{line} is not Python ({error.msg}); an experiment is a Python file "
             "that makes a config (experiments/), data and models go with options"
         )
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{_line(error, file)}: {said} (`python {file}` shows the traceback)"
+
+
+def _line(error: Exception, file: str) -> str:
+    """Returns the line of the file that an error comes from, to stand behind its name."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
-    line = f", line {lines[-1]}" if lines else ""
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{line}: {said} (`python {file}` shows the traceback)"
-
-
-def check_types(config: Any, *, file: str, prefix: str = "") -> None:
-    """Raises ConfigError where a setting of an experiment has not the type it is declared with.
-
-    Options are parsed by their types; what stands in a Python file is taken as it is. A text in the
-    place of a path would fail far from here, and a choice that is none would be taken for another.
-    """
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        return
-    declared = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        name, value, wanted = prefix + field.name, getattr(config, field.name), declared[field.name]
-        check_types(value, file=file, prefix=f"{name}.")
-        for stray, known in _strays(value, wanted):
-            raise ConfigError(
-                f"experiment {file}: {name} is {stray!r}, which is none of {', '.join(known)}"
-                f"{_nearest(str(stray), known)}"
-            )
-        if wanted not in _NAMES:
-            continue
-        fits = isinstance(value, (int, float) if wanted is float else wanted)
-        if not fits or (isinstance(value, bool) and wanted is not bool):
-            raise ConfigError(
-                f"experiment {file}: {name} is {value!r}, where {_NAMES[wanted]} belongs"
-            )
-
-
-def _strays(value: Any, declared: Any) -> Iterator[tuple[Any, list[str]]]:
-    """Yields each value that is none of the choices declared for it, and the choices."""
-    kind, parts = get_origin(declared), get_args(declared)
-    if kind is Literal and value not in parts:
-        yield value, [str(part) for part in parts]
-    elif kind is tuple and isinstance(value, tuple):
-        each = itertools.repeat(parts[0]) if parts[-1:] == (...,) else parts
-        for one, wanted in zip(value, each, strict=False):
-            yield from _strays(one, wanted)
+    return f", line {lines[-1]}" if lines else ""
 
 
 def make_way(config: Any, options: list[str], *, prefix: str = "--") -> Any:

@@ -24,8 +24,10 @@ from minilm_jax.convert.weights import Weights, find_weights, instead, open_weig
 from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, TOKENIZER_FILES
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import CheckpointError
+from minilm_jax.settings import check as check_setting
 
 Dtype = Literal["float32", "float16", "bfloat16", "source"]
+Nonfinite = Literal["refuse", "keep"]
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _HF_DTYPES = {"F64": "float64", **{code: name for name, code in _CODES.items()}}
 
@@ -35,7 +37,7 @@ def read_model(
     *,
     sha256: str | None = None,
     heads: Iterable[str] | None = None,
-    nonfinite: Literal["refuse", "keep"] = "refuse",
+    nonfinite: Nonfinite = "refuse",
     on_tensor: OnTensor | None = None,
 ) -> Model:
     """Returns the model in a Hugging Face folder, a weight file beside its config, or on the Hub.
@@ -54,6 +56,7 @@ def read_model(
       CheckpointError: anything is missing, unknown, misshaped, broken or not finite.
       ConfigError: config.json asks for an impossible shape.
     """
+    check_setting("nonfinite", nonfinite, Nonfinite)
     path = resolve(source)
     if path.is_dir() and is_orbax(path):
         model = keep_heads(read_orbax(path, sha256=sha256), heads)
@@ -146,7 +149,7 @@ def _refuse_untied(hf_config: Mapping[str, Any], file: Path) -> None:
 def _read_leaves(
     weights: Weights,
     matches: Iterable[Match],
-    nonfinite: Literal["refuse", "keep"],
+    nonfinite: Nonfinite,
     on_tensor: OnTensor | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     # In the file's order, so that a disk reads forward.
@@ -259,6 +262,7 @@ def write_model(
     folder: str | Path,
     *,
     dtype: Dtype = "float32",
+    nonfinite: Nonfinite = "refuse",
     max_shard_bytes: int = 2 * 10**9,
     tokenizer_files: Iterable[Path] | None = None,
     origin: Mapping[str, str] | None = None,
@@ -274,6 +278,7 @@ def write_model(
       model: what to write; its `params` may hold NumPy or JAX arrays.
       folder: where to.
       dtype: of the stored weights; "source" stores each tensor as it was read (fp64 as fp32).
+      nonfinite: whether NaN and infinities in the parameters are an error.
       max_shard_bytes: larger models are split into files of at most this size.
       tokenizer_files: copied along; None takes those of the model's source.
       origin: rows of the model card that say how the weights came about; None names the source.
@@ -282,8 +287,11 @@ def write_model(
 
     Raises:
       CheckpointError: the folder is in use, the parameters fit no Hugging Face class, or a number
-        is too large for `dtype`.
+        is not finite or too large for `dtype`.
+      ConfigError: `dtype` or `nonfinite` is no choice.
     """
+    check_setting("dtype", dtype, Dtype)
+    check_setting("nonfinite", nonfinite, Nonfinite)
     target = Path(folder)
     model = keep_heads(model, None)
     leaves = flatten(model.params)
@@ -304,6 +312,11 @@ def write_model(
         leaf = np.asarray(leaves[match.ours])
         if match.transform == "transpose":
             leaf = leaf.T
+        if nonfinite == "refuse" and (sick := _sick(match.ours, leaf)):
+            raise CheckpointError(
+                f"{target} is not written: parameters are NaN or infinite in {sick[0]}; "
+                'nonfinite="keep" would write them'
+            )
         array = narrow(leaf, DTYPES[codes[name]], where=f"parameter {match.ours}")
         if on_tensor is not None and name not in seen:
             seen.add(name)

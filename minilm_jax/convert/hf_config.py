@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_type_hints
 
 from minilm_jax.encoder.config import Activation, EncoderConfig, Family
 from minilm_jax.errors import CheckpointError
@@ -208,7 +208,7 @@ def _family(hf: Mapping[str, Any], name: str) -> Family:
 
 
 def _is_integral(field: str) -> bool:
-    return EncoderConfig.__dataclass_fields__[field].type is int
+    return get_type_hints(EncoderConfig)[field] is int
 
 
 def _number(hf: Mapping[str, Any], key: _Key, *, integral: bool, name: str) -> Any:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from minilm_jax.data.packing import pack
 from minilm_jax.data.randomness import permutation
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.errors import ConfigError, DataError
+from minilm_jax.settings import FINITE, Positive, Settings, Share, above, at_least
 
 Batch = dict[str, np.ndarray]
 Layout = Literal["packed", "padded"]
@@ -32,49 +33,39 @@ _ORDER = 1
 # Rows (or bucketed batches) in which a mixture keeps its weights exactly.
 _BLOCK = 1 << 16
 _SPECIALS = 2
+_Length = Annotated[int, at_least(_SPECIALS + 1)]
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(Settings):
     """The shape of a batch and what it is drawn from."""
 
-    batch_size: int = 256
+    batch_size: Positive = 256
     """Rows of the global batch, over all hosts."""
-    sequence_length: int = 512
+    sequence_length: _Length = 512
     """Tokens of a row, special tokens included."""
     layout: Layout = "packed"
     """`packed`: several documents share a row, kept apart by segments. `padded`: one a row."""
-    buckets: tuple[int, ...] = ()
+    buckets: tuple[_Length, ...] = ()
     """Shorter rows for padded batches, such as (64, 128, 256): all rows of a batch have the
     shortest length that holds them. The last is always sequence_length."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Annotated[float, above(0), FINITE], ...] = ()
     """Share of the rows for each corpus; empty reads all corpora as one, each document once an
     epoch. With weights each corpus has epochs of its own."""
-    language_exponent: float | None = None
+    language_exponent: Share | None = None
     """Samples languages in proportion to tokens ** exponent (XLM-R: 0.3); None reads each
     document once an epoch."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}: give at least 1")
-        if self.sequence_length < 3:
-            raise ConfigError(
-                f"sequence_length is {self.sequence_length}: two tokens are special, give more"
-            )
+        super().__post_init__()
         ordered = (0, *self.buckets, self.sequence_length)
         if any(a >= b for a, b in itertools.pairwise(ordered)):
             raise ConfigError(
                 f"buckets is {self.buckets}: give growing lengths below sequence_length"
                 f" ({self.sequence_length})"
             )
-        if self.buckets and (self.layout == "packed" or self.buckets[0] < 3):
-            raise ConfigError(
-                f"buckets is {self.buckets}: only layout padded has them, each of at least 3"
-            )
-        if any(not weight > 0 for weight in self.weights):
-            raise ConfigError(f"weights is {self.weights}: give numbers above 0")
-        if self.language_exponent is not None and not 0 <= self.language_exponent <= 1:
-            raise ConfigError(f"language_exponent is {self.language_exponent}: give 0 to 1")
+        if self.buckets and self.layout == "packed":
+            raise ConfigError(f"buckets is {self.buckets}: only layout padded has them")
 
     def check_weights(self, corpora: int) -> None:
         """Raises ConfigError unless there is a weight for each of so many corpora, or none."""

@@ -1,7 +1,7 @@
 """Masked language modelling targets: a pure function of (seed, step, row of the global batch)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from minilm_jax.data.batches import Batch
 from minilm_jax.data.randomness import random_bits, uniform
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.errors import ConfigError
+from minilm_jax.settings import Settings, Share, above, at_most
 
 NOT_PREDICTED = -1
 # Numbers that keep the draws of one row apart.
@@ -16,24 +17,23 @@ _CHOICE, _TREATMENT, _REPLACEMENT = 1, 2, 3
 
 
 @dataclass(frozen=True)
-class MaskingConfig:
+class MaskingConfig(Settings, name="mask"):
     """What is predicted and what the model sees in its place."""
 
     unit: Literal["token", "word"] = "token"
     """What is chosen: single tokens, or whole words with all their pieces."""
-    probability: float = 0.15
+    probability: Annotated[float, above(0), at_most(1)] = 0.15
     """Of a unit to be chosen."""
-    masked: float = 0.8
+    masked: Share = 0.8
     """Share of the chosen tokens that become the mask token."""
-    random: float = 0.1
+    random: Share = 0.1
     """Share that become a random token; the rest stay as they are."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.probability <= 1:
-            raise ConfigError(f"probability is {self.probability}: give more than 0, at most 1")
-        if min(self.masked, self.random) < 0 or self.masked + self.random > 1:
+        super().__post_init__()
+        if self.masked + self.random > 1:
             raise ConfigError(
-                f"masked is {self.masked}, random {self.random}: give shares of at most 1 in all"
+                f"mask.masked is {self.masked}, mask.random {self.random}: give at most 1 in all"
             )
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 from minilm_jax.data import readers
 from minilm_jax.data.documents import Document
 from minilm_jax.errors import DataError
+from minilm_jax.settings import Positive, Settings
 
 Format = Literal["auto", "text", "jsonl", "parquet", "arrow", "huggingface", "tfds", "machine-docs"]
 
@@ -38,7 +39,7 @@ _SMALLEST_PART = 1 << 20
 
 
 @dataclass(frozen=True)
-class TextSource:
+class TextSource(Settings):
     """One kind of text and how to read it."""
 
     paths: tuple[str, ...] = ()
@@ -68,10 +69,11 @@ class TextSource:
     broken_files: Literal["stop", "keep"] = "stop"
     """What happens when a file breaks off (a truncated gzip): an error once everything else is
     prepared, or what could be read is kept and the break is counted."""
-    longest_document: int = 64 << 20
+    longest_document: Positive = 64 << 20
     """Bytes; a longer document is skipped and counted."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.format == "machine-docs":
             if self.paths:
                 raise DataError(
@@ -82,8 +84,6 @@ class TextSource:
             raise DataError(
                 "a text source needs paths (files, folders or patterns), or format machine-docs"
             )
-        if self.longest_document < 1:
-            raise DataError(f"longest_document is {self.longest_document}: give at least 1 byte")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from minilm_jax.data.masking import MaskingConfig
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.errors import ConfigError
 from minilm_jax.reductions import Loss, Mean
+from minilm_jax.settings import Settings
 
 _ENGINES_NAMES = frozenset(
     {"step", "loss", "grad_norm", "finite", "counts", "learning_rate", "heldout"}
@@ -25,7 +26,7 @@ LossFunction = Callable[[Params, Params, Batch, Array | None], Loss]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Settings, name="objective"):
     """A way to compare student and teacher; only `make_loss` has no default.
 
     A frozen dataclass without fields, so that a subclass's fields become command line options.

@@ -26,6 +26,7 @@ from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import ConfigError
 from minilm_jax.reductions import Loss, Mean
+from minilm_jax.settings import Positive, Weight
 
 Relation = Literal["qq", "qk", "qv", "kq", "kk", "kv", "vq", "vk", "vv"]
 
@@ -38,28 +39,21 @@ class RelationObjective(Objective):
     (MiniLM eq. 10, MiniLMv2 eq. 8).
     """
 
-    relations: tuple[tuple[Relation, float], ...] = (("qk", 1.0), ("vv", 1.0))
+    relations: tuple[tuple[Relation, Weight], ...] = (("qk", 1.0), ("vv", 1.0))
     """Pairs of projections and their weights: qk is MiniLM's attention distribution, vv its value
     relation; MiniLMv2 takes qq, kk, vv."""
-    heads: int | None = None
+    heads: Positive | None = None
     """Relation heads. None keeps the attention heads, which must then be equal (MiniLM v1)."""
-    layers: tuple[tuple[int, int], ...] = ()
+    layers: tuple[tuple[Positive, Positive], ...] = ()
     """Pairs of (teacher layer, student layer), from 1. Empty is (last, last)."""
-    value_mse: float = 0.0
+    value_mse: Weight = 0.0
     """Weight of the mean squared error between values, the student's through a learned projection:
     the ablation of MiniLM's Table 6, which replaces the value relation. 0 leaves it out."""
     implementation: Implementation = "auto"
     """Of the relation loss."""
 
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
-        """Raises ConfigError where heads, widths or layers do not fit, or a weight is off."""
-        weights = {f"objective.relations: {name}": weight for name, weight in self.relations}
-        for name, weight in (weights | {"objective.value_mse": self.value_mse}).items():
-            if not weight >= 0:
-                raise ConfigError(
-                    f"{name} has the weight {weight}, which would drive the student away from its "
-                    "teacher; give 0 or more"
-                )
+        """Raises ConfigError where heads, widths or layers do not fit, or no weight is left."""
         if not self._weighted() and not self.value_mse:
             raise ConfigError(
                 "objective.relations is empty or all of weight 0: there is nothing to distil"
@@ -70,8 +64,6 @@ class RelationObjective(Objective):
                 f"{student.num_attention_heads}: MiniLM v1 needs equal numbers; change "
                 "student.num_attention_heads, or set objective.heads (relation heads, MiniLMv2)"
             )
-        if self.heads is not None and self.heads < 1:
-            raise ConfigError(f"objective.heads must be at least 1, got {self.heads}")
         for role, config in (("teacher", teacher), ("student", student)):
             if self.heads is not None and config.hidden_size % self.heads:
                 raise ConfigError(

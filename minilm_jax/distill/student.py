@@ -11,22 +11,23 @@ from minilm_jax.distill.objectives import uniform_layers
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.errors import ConfigError
+from minilm_jax.settings import Positive, Rate, Settings
 
 Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudentConfig:
+class StudentConfig(Settings, name="student"):
     """Shape and start of the student. What is not named here it shares with its teacher."""
 
-    num_hidden_layers: int = 6
-    hidden_size: int = 384
-    num_attention_heads: int = 12
-    intermediate_size: int | None = None
+    num_hidden_layers: Positive = 6
+    hidden_size: Positive = 384
+    num_attention_heads: Positive = 12
+    intermediate_size: Positive | None = None
     """None is four times the hidden size, as in both papers."""
-    hidden_dropout_prob: float | None = None
+    hidden_dropout_prob: Rate | None = None
     """Rate of dropout while it is trained, and in its config.json; None is the teacher's."""
-    attention_probs_dropout_prob: float | None = None
+    attention_probs_dropout_prob: Rate | None = None
     """The same for attention probabilities."""
     init: Literal["random", "teacher"] = "random"
     """random: the papers' choice. teacher: blocks copied from `teacher_layers`, and sliced (the

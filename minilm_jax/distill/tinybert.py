@@ -21,6 +21,7 @@ from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import ConfigError
 from minilm_jax.reductions import Loss, Mean
+from minilm_jax.settings import Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class TinyBertObjective(Objective):
     through one learned projection of width) and of its attention scores before the softmax.
     """
 
-    layers: tuple[tuple[int, int], ...] = ()
+    layers: tuple[tuple[Positive, Positive], ...] = ()
     """Pairs of (teacher layer, student layer), from 1; empty spreads them evenly."""
 
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:

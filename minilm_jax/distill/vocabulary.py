@@ -4,7 +4,7 @@ All of them need masked tokens.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from minilm_jax.encoder.encoder import EncoderOutput, encode
 from minilm_jax.encoder.heads import MaskedLM
 from minilm_jax.errors import ConfigError
 from minilm_jax.reductions import Loss, Mean
+from minilm_jax.settings import FINITE, Weight, above
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,24 +36,21 @@ class VocabularyObjective(Objective):
     combinations.
     """
 
-    soft_weight: float = 1.0
+    soft_weight: Weight = 1.0
     """Of T² KL(teacher ‖ student) between vocabulary distributions (Hinton et al. 2015)."""
     soft_tokens: Literal["masked", "all"] = "masked"
     """Tokens whose distributions are compared."""
-    temperature: float = 1.0
-    hard_weight: float = 0.0
+    temperature: Annotated[float, above(0), FINITE] = 1.0
+    hard_weight: Weight = 0.0
     """Of the masked language modelling loss (Devlin et al. 2019)."""
-    cosine_weight: float = 0.0
+    cosine_weight: Weight = 0.0
     """Of 1 - cos between last hidden states (Sanh et al. 2019)."""
     mask: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
 
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
         """Raises ConfigError where a weight is off, or vocabularies or widths must be equal."""
-        weights = (self.soft_weight, self.hard_weight, self.cosine_weight)
-        if not all(weight >= 0 for weight in weights) or not any(weights):
-            raise ConfigError(f"objective weights are {weights}: none below 0, not all 0")
-        if not self.temperature > 0:
-            raise ConfigError(f"objective.temperature must be above 0, got {self.temperature}")
+        if not (self.soft_weight or self.hard_weight or self.cosine_weight):
+            raise ConfigError("objective's weights are all 0: there is nothing to train on")
         if self.soft_weight and teacher.vocab_size != student.vocab_size:
             raise ConfigError(
                 f"soft labels need one vocabulary: the student has {student.vocab_size} entries, "

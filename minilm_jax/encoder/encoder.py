@@ -16,6 +16,7 @@ from minilm_jax.encoder.dropout import RowDropout
 from minilm_jax.encoder.embedding import Embed
 from minilm_jax.encoder.feed_forward import FeedForward
 from minilm_jax.encoder.norm import LayerNorm
+from minilm_jax.errors import DataError
 from minilm_jax.rows import divide_rows
 
 INPUTS = ("input_ids", "segments", "token_type_ids", "languages", "positions", "rows")
@@ -245,7 +246,16 @@ def encode(
       compute: dtype, rematerialisation, attention; the defaults where absent.
       key: of the dropout; None is deterministic, and on a CPU takes a few rows at a time.
       stop_after: see `Encoder.__call__`.
+
+    Raises:
+      DataError: the batch has no `input_ids` or no `segments`.
     """
+    for name in ("input_ids", "segments"):
+        if name not in batch:
+            raise DataError(
+                f"the batch has no {name}, only {', '.join(batch) or 'nothing'}; segments are 0 "
+                "for padding and 1 for tokens, as an attention_mask is"
+            )
     compute = compute or Compute()
     encoder = Encoder(config, jnp.dtype(compute.dtype), compute.remat, compute.attention)
     rngs: Any = None if key is None else {"dropout": key}

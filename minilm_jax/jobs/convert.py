@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -36,10 +35,11 @@ from minilm_jax.data.tokenizers import (
     load_tokenizer,
 )
 from minilm_jax.errors import CheckpointError, ConfigError, DataError
+from minilm_jax.settings import Settings, above, below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Settings):
     """Converts a checkpoint of the BERT family, from and to PyTorch."""
 
     source: tyro.conf.Positional[str]
@@ -61,15 +61,11 @@ class ConvertConfig:
     """Whether the source's tokenizer is checked against the vocabulary and written along."""
     allow_nonfinite: bool = False
     """Convert weights that hold NaN or infinity instead of refusing them."""
-    max_shard_gb: float = 2.0
+    max_shard_gb: Annotated[float, above(0), below(1_000_000)] = 2.0
     """Larger models are split into files of at most this many 10⁹ bytes."""
 
     def __post_init__(self) -> None:
-        # NaN is neither, and infinity no number of bytes.
-        if not 0 < self.max_shard_gb * 1e9 < math.inf:
-            raise ConfigError(
-                f"--max-shard-gb must be positive and finite, got {self.max_shard_gb}"
-            )
+        super().__post_init__()
         if self.to != "huggingface" and self.dtype not in ("source", "float32"):
             raise ConfigError(
                 f"--dtype {self.dtype} is for --to huggingface; --to {self.to} stores float32"
@@ -116,6 +112,8 @@ def _write(
                 model,
                 config.target,
                 dtype=config.dtype,
+                # Which was asked of the source, when it was read.
+                nonfinite="keep",
                 max_shard_bytes=int(config.max_shard_gb * 1e9),
                 tokenizer_files=files,
                 on_tensor=meter,
@@ -195,7 +193,7 @@ def _verify_orbax(model: Model, report: Callable[[str], None], folder: Path) -> 
     again = _read_back(model, folder)
     report(f"byte for byte: {check_round_trip(model, again)} tensors")
     with tempfile.TemporaryDirectory() as scratch:
-        written = write_model(again, Path(scratch) / "torch", tokenizer_files=())
+        written = write_model(again, Path(scratch) / "torch", nonfinite="keep", tokenizer_files=())
         _against_torch(again, written, report)
 
 
@@ -221,7 +219,7 @@ def _verify_export(model: Model, report: Callable[[str], None], folder: Path) ->
     if bad:
         raise CheckpointError(f"the exported function differs from the model: {', '.join(bad)}")
     with tempfile.TemporaryDirectory() as scratch:
-        written = write_model(model, Path(scratch) / "torch", tokenizer_files=())
+        written = write_model(model, Path(scratch) / "torch", nonfinite="keep", tokenizer_files=())
         _against_torch(model, written, report)
 
 

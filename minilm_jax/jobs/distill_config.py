@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Set
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
@@ -14,6 +14,7 @@ from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.distill.student import StudentConfig, check_start, student_encoder_config
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.errors import ConfigError
+from minilm_jax.settings import Positive, Settings, above, below
 from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig, make_schedule
 from minilm_jax.train.run_folder import STUDENT
@@ -23,7 +24,7 @@ _ONE_TEXT = "give exactly one of text.source and text.corpora"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Settings, name="teacher"):
     """The model to learn from."""
 
     source: str
@@ -37,32 +38,28 @@ class TeacherConfig:
     runs; nothing is learnt from such a teacher."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.init == "random" and self.shape is None:
             raise ConfigError("teacher.init=random needs teacher.shape")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(Settings, name="text"):
     """The text to learn on: raw text that is tokenised first, or prepared corpora."""
 
     source: TextSource | None = None
     """Raw text; tokenised into OUTPUT/corpus with the teacher's tokenizer."""
     corpora: tuple[Path, ...] = ()
     """Folders made by `minilm-jax prepare`, instead of a source."""
-    heldout: float = 0.05
+    heldout: Annotated[float, above(0), below(1)] = 0.05
     """Share of a source's documents that is kept out of training."""
-    evaluate_batches: int = 16
+    evaluate_batches: Positive = 16
     """Held-out batches the loss is measured on, at most."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.source is None) == (not self.corpora):
             raise ConfigError(_ONE_TEXT)
-        if not 0.0 < self.heldout < 1.0:
-            raise ConfigError(f"text.heldout must be above 0 and below 1, got {self.heldout}")
-        if self.evaluate_batches < 1:
-            raise ConfigError(
-                f"text.evaluate_batches must be at least 1, got {self.evaluate_batches}"
-            )
 
     def make_way(self, names: Set[str]) -> "TextConfig":
         """Returns the text for a command line that gives the fields `names`.
@@ -82,7 +79,7 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """One distillation run."""
 
     output: Path
@@ -100,7 +97,7 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChainConfig:
+class ChainConfig(Settings):
     """Distillation by way of a teacher assistant (MiniLM, section 3.3): two runs in turn.
 
     Each has its own folder and is resumed, or skipped when it is finished, like any run.
@@ -111,6 +108,7 @@ class ChainConfig:
     """Its teacher.source is ASSISTANT: the first run's student."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.student.teacher.source != ASSISTANT:
             raise ConfigError(
                 f"student.teacher.source of a chain is {ASSISTANT!r}, got "

@@ -12,6 +12,7 @@ from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.evaluator import Evaluator, describe_scores, report_skips
 from minilm_jax.jobs.results import PREDICTIONS, RESULTS, TABLES, result_rows, write_tables
 from minilm_jax.jobs.trained_model import check_length, load, model_labels
+from minilm_jax.settings import Count, Settings
 from minilm_jax.signals import stoppable
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig
@@ -23,7 +24,7 @@ from minilm_jax.train.hardware import memory_explained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """One evaluation of one or several checkpoints on one task."""
 
     task: TaskName
@@ -51,12 +52,8 @@ class EvaluateConfig:
     compute: Compute = dataclasses.field(default_factory=Compute)
     lift: Lift = "pmap"
     """pmap: data parallel. mesh: jit over the devices."""
-    limit: int = 0
+    limit: Count = 0
     """Examples of each part at most, to try things; 0 is all."""
-
-    def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise ConfigError(f"limit must not be negative, got {self.limit}")
 
 
 @stoppable()

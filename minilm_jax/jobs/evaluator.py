@@ -14,6 +14,7 @@ import numpy as np
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.encoder.config import Compute
+from minilm_jax.errors import CheckpointError
 from minilm_jax.tasks.answers import AnswerConfig, Prediction, answer
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
 from minilm_jax.tasks.catalog import Part, Task, TaskData, read_part
@@ -105,7 +106,11 @@ class Evaluator:
         )
 
     def logits(self, params: Any, features: list[Feature]) -> list[np.ndarray]:
-        """Returns each row's logits, in the rows' order, whatever the devices and the layout."""
+        """Returns each row's logits, in the rows' order, whatever the devices and the layout.
+
+        Raises:
+          CheckpointError: some are not finite.
+        """
         batches = TaskBatches(
             features,
             config=self._batch,
@@ -130,6 +135,13 @@ class Evaluator:
             before = index, out
         if before is not None:
             keep(*before)
+        bad = sum(not np.isfinite(row).all() for row in found)
+        if bad:
+            # The largest of NaNs would be the first class, and no span the answer.
+            raise CheckpointError(
+                f"the model's outputs are NaN or infinite for {bad:,} of {len(found):,} rows: its "
+                "training has diverged, or its weights are broken"
+            )
         return found
 
     def score(self, params: Any, data: PartData) -> PartResult:

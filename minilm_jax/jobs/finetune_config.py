@@ -6,6 +6,7 @@ from typing import Literal
 
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError
+from minilm_jax.settings import Count, Positive, Rate, Settings, Weight
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, Part, TaskData, TaskName, all_languages
@@ -15,42 +16,34 @@ from minilm_jax.train.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings, name="schedule"):
     """How long a run trains, and what it looks at on the way."""
 
-    epochs: int = 3
+    epochs: Positive = 3
     """Passes over the training set."""
-    max_steps: int = 0
+    max_steps: Count = 0
     """Steps in all, whatever the epochs; 0: the epochs decide."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: Rate = 0.0
     """Share of the steps that warms up; 0: optimizer.warmup_steps decide."""
-    evaluate_every: int = 0
+    evaluate_every: Count = 0
     """Steps between evaluations on the selection parts; 0: an epoch."""
-    patience: int = 0
+    patience: Count = 0
     """Evaluations without improvement after which the run ends; 0: never."""
     keep_models: Literal["best", "all"] = "best"
     """all: each evaluated checkpoint is kept as a model, too (step-…)."""
 
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "evaluate_every", "patience"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"schedule.{name} must not be negative")
-        if self.epochs < 1:
-            raise ConfigError(f"schedule.epochs must be at least 1, got {self.epochs}")
-        if not 0.0 <= self.warmup_ratio < 1.0:
-            raise ConfigError(f"schedule.warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(Settings, name="sweep"):
     """Values to try in all combinations; what is not given stays as the run has it."""
 
-    learning_rates: tuple[float, ...] = ()
-    epochs: tuple[int, ...] = ()
-    seeds: tuple[int, ...] = ()
+    learning_rates: tuple[Weight, ...] = ()
+    epochs: tuple[Positive, ...] = ()
+    seeds: tuple[Count, ...] = ()
     """Figures of one learning rate and number of epochs become mean ± standard deviation."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, values in vars(self).items():
             if len(set(values)) < len(values):
                 raise ConfigError(
@@ -65,7 +58,7 @@ class SweepConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     """One fine-tuning run, or a sweep of them."""
 
     task: TaskName
@@ -99,14 +92,10 @@ class FinetuneConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     train: EngineConfig = dataclasses.field(default_factory=lambda: EngineConfig(log_every=50))
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
-    limit: int = 0
+    limit: Count = 0
     """Examples of each part at most, to try things; 0 is all."""
     override: tuple[str, ...] = ()
     """Dotted names of settings that may differ from the run that is resumed."""
-
-    def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise ConfigError(f"limit must not be negative, got {self.limit}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

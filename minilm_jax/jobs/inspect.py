@@ -8,12 +8,13 @@ from pathlib import Path
 from minilm_jax.data.batches import Layout
 from minilm_jax.data.corpus import Split, Verify
 from minilm_jax.data.inspection import Inspection, inspect_corpus
+from minilm_jax.settings import Positive, Settings
 
 _SHOWN_CHARACTERS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """A look into a prepared corpus."""
 
     corpus: Path
@@ -24,7 +25,7 @@ class InspectConfig:
     """Tokens of a row, for the packing figures and the rows shown."""
     layout: Layout = "packed"
     """How documents share rows."""
-    rows: int = 3
+    rows: Positive = 3
     """Rows shown as text."""
     verify: Verify = "auto"
     """`hashes` reads and checks every byte; `auto` does so up to 2 GiB."""

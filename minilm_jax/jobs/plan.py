@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import tyro
 
 from minilm_jax.convert.model import Model
-from minilm_jax.errors import ConfigError, first_line
+from minilm_jax.errors import first_line
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, check_settings
 from minilm_jax.jobs.distill_step import (
     batch_shapes,
@@ -33,6 +33,7 @@ from minilm_jax.jobs.distill_step import (
 )
 from minilm_jax.jobs.running import lift_step
 from minilm_jax.jobs.teacher import describe_teacher
+from minilm_jax.settings import Settings, above, at_most
 from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hardware import GIB, known_chip, memory_limit
@@ -40,19 +41,15 @@ from minilm_jax.train.state import create_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Settings):
     """What an experiment would need on some hardware; every setting of the run can be changed."""
 
     run: Annotated[DistillConfig | ChainConfig, tyro.conf.arg(name="")]
     """The run, or the chain of two."""
     hardware: str = "local"
     """local, or what need not be there: tpu-v5e-256, tpu-v4-256, tpu-v5p:2x2x2, gpu-h100-8."""
-    efficiency: float = 0.4
+    efficiency: Annotated[float, above(0), at_most(1)] = 0.4
     """Share of the peak the matrix products are assumed to reach; not measured on your hardware."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.efficiency <= 1.0:
-            raise ConfigError(f"efficiency must be in (0, 1], got {self.efficiency}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

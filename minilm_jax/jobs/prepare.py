@@ -9,11 +9,12 @@ from pathlib import Path
 from minilm_jax.data.corpus import Manifest
 from minilm_jax.data.prepare import SPLITS, Progress, prepare
 from minilm_jax.data.sources import TextSource
+from minilm_jax.settings import Count, Positive, Rate, Settings
 from minilm_jax.signals import stoppable
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     """One corpus. Run the same command again to go on after an interruption."""
 
     source: TextSource
@@ -22,12 +23,12 @@ class PrepareConfig:
     """Folder of the tokenizer: usually the teacher's model folder."""
     output: Path
     """Folder of the corpus."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes; 0 works in this one, None takes one for each core."""
-    heldout: float = 0.01
+    heldout: Rate = 0.01
     """Share of the documents, chosen by a hash of their text, that is kept out of training;
     distillation measures its loss on them, and is refused where there are none."""
-    shard_tokens: int = 64 << 20
+    shard_tokens: Positive = 64 << 20
     """Tokens of a shard; an interruption loses at most the shard in the making, per worker."""
 
 

@@ -36,7 +36,7 @@ def load_teacher(config: DistillConfig) -> Model:
         for field in dataclasses.fields(EncoderConfig):
             found, expected = (getattr(c, field.name) for c in (teacher.config, wanted.shape))
             # Dropout and initialisation are no property of trained weights.
-            if found != expected and field.type in ("int", int):
+            if found != expected and isinstance(expected, int):
                 raise ConfigError(
                     f"teacher {wanted.source} has {field.name}={found}, teacher.shape says "
                     f"{expected}"

@@ -9,10 +9,11 @@ from typing import Literal
 from minilm_jax.data.sources import TextSource, read_documents
 from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
 from minilm_jax.data.tokenizers import Tokenizer
+from minilm_jax.settings import Positive, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     """A new vocabulary."""
 
     source: TextSource
@@ -21,13 +22,13 @@ class TokenizerConfig:
     """Folder to write; it must not exist. transformers reads it too."""
     kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"
     """`wordpiece` as BERT has it, or `sentencepiece` (unigram) as XLM-R has it."""
-    vocab_size: int = 30_522
+    vocab_size: Positive = 30_522
     """Pieces, special ones included."""
     case: Literal["lower", "keep"] = "lower"
     """For wordpiece: `lower` drops case and accents (BERT's uncased)."""
     character_coverage: float = 0.9995
     """For sentencepiece: share of the characters that get a piece."""
-    longest_input: int = 512
+    longest_input: Positive = 512
     """Tokens that models of this vocabulary take, for transformers."""
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from minilm_jax.errors import ConfigError
+from minilm_jax.settings import Positive, Settings
 from minilm_jax.tasks.features import Feature
 
 # What a question without any possible span is as sure of as one can be, and JSON can write.
@@ -17,20 +17,15 @@ _JOINERS = "\u200c\u200d\ufe0e\ufe0f"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerConfig:
+class AnswerConfig(Settings, name="answers"):
     """How spans are chosen; the defaults are those of the official tools."""
 
-    n_best: int = 20
+    n_best: Positive = 20
     """Starts and ends looked at in a window, and answers kept."""
-    max_answer_length: int = 30
+    max_answer_length: Positive = 30
     """Tokens of the longest answer."""
     null_threshold: float = 0.0
     """SQuAD 2.0: no answer is given where its score leads the best span's by more."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_best", "max_answer_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

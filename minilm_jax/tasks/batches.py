@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from minilm_jax.errors import ConfigError, DataError
+from minilm_jax.errors import DataError
+from minilm_jax.settings import Positive, Settings
 from minilm_jax.tasks.features import Feature
 
 Batch = dict[str, np.ndarray]
@@ -18,21 +19,16 @@ Layout = Literal["bucketed", "padded"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowConfig:
+class RowConfig(Settings, name="batch"):
     """The shape of a task's batches."""
 
-    batch_size: int = 32
+    batch_size: Positive = 32
     """Rows of the global batch."""
     layout: Layout = "bucketed"
     """bucketed: rows of a batch are as long as its longest, rounded up to `bucket`; padded: all
     are max_length. Scores are the same."""
-    bucket: int = 32
+    bucket: Positive = 32
     """Tokens; a smaller one computes less and compiles more programs."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "bucket"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"batch.{name} must be at least 1, got {getattr(self, name)}")
 
 
 class TaskBatches:

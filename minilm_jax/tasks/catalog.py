@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, cast, get_args
 
 from minilm_jax.errors import ConfigError
+from minilm_jax.settings import Settings
 from minilm_jax.tasks.examples import QuestionExample, Skips, TextExample
 from minilm_jax.tasks.glue import GLUE, GlueName, read_glue
 from minilm_jax.tasks.languages import MLQA_LANGUAGES, XNLI_LANGUAGES
@@ -69,7 +70,7 @@ TASKS: dict[TaskName, Task] = {name: _task(name) for name in get_args(TaskName)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskData:
+class TaskData(Settings, name="data"):
     """Where a task's examples come from: give one of `folder`, `tfds`, or files of your own."""
 
     folder: Path | None = None
@@ -85,6 +86,7 @@ class TaskData:
     """Own data to report."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         own = [name for name in ("train", "dev", "test") if getattr(self, name) is not None]
         given = [name for name in ("folder", "tfds") if getattr(self, name) is not None]
         if len(given) + bool(own) != 1:

@@ -8,24 +8,20 @@ from jaxtyping import Bool, Int32, UInt8
 
 from minilm_jax.data.tokenizers import Encoded, Tokenizer
 from minilm_jax.errors import ConfigError
+from minilm_jax.settings import Positive, Settings
 from minilm_jax.tasks.examples import QuestionExample, Skips, TextExample
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthConfig:
+class LengthConfig(Settings, name="lengths"):
     """How long inputs are, in tokens."""
 
-    max_length: int = 128
+    max_length: Positive = 128
     """Of a row, special tokens included; longer pairs are cut, longer contexts become windows."""
-    max_query_length: int = 64
+    max_query_length: Positive = 64
     """Questions are cut to this."""
-    doc_stride: int = 128
+    doc_stride: Positive = 128
     """Tokens from the beginning of one window to that of the next."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "max_query_length", "doc_stride"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"lengths.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from minilm_jax.errors import ConfigError
+from minilm_jax.settings import check
 
 Lift = Literal["pmap", "mesh"]
 
@@ -36,6 +37,7 @@ class Devices:
         devices: list[Any] | None = None,
     ) -> None:
         """Takes `count` of the devices of the run's processes unless given some; None is all."""
+        check("lift", lift, Lift)
         if devices is None:
             # By process, so that a process's rows of the batch are neighbours.
             devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minilm_jax.errors import ConfigError, UserError, first_line
+from minilm_jax.settings import Count, Positive, Settings
 
 EXIT_INCOMPLETE = 2
 """As for anything a user can mend."""
@@ -25,7 +26,7 @@ _LOOKS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HostsConfig:
+class HostsConfig(Settings, name="hosts"):
     """The processes of a run; the same settings on every host but `process`."""
 
     start: Literal["one", "auto", "explicit"] = "one"
@@ -33,16 +34,17 @@ class HostsConfig:
     explicit: from the three settings below."""
     coordinator: str | None = None
     """host:port of process 0, for explicit."""
-    processes: int | None = None
+    processes: Positive | None = None
     """How many there are; with auto, how many are expected."""
-    process: int | None = None
+    process: Count | None = None
     """Which of them this is, from 0, for explicit."""
-    patience_s: int = 300
+    patience_s: Positive = 300
     """Seconds the first processes wait for the last."""
-    heartbeat_s: int = 100
+    heartbeat_s: Positive = 100
     """Seconds without a sign of life after which a process counts as dead and all others end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = {
             "coordinator": self.coordinator,
             "processes": self.processes,
@@ -51,15 +53,9 @@ class HostsConfig:
         missing = [f"hosts.{name}" for name, value in given.items() if value is None]
         if self.start == "explicit" and missing:
             raise ConfigError(f"hosts.start=explicit needs {' and '.join(missing)}")
-        for name in ("patience_s", "heartbeat_s"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"hosts.{name} must be at least 1, got {getattr(self, name)}")
-        if self.processes is not None and self.processes < 1:
-            raise ConfigError(f"hosts.processes must be at least 1, got {self.processes}")
-        if self.process is not None and not 0 <= self.process < (self.processes or 1 << 30):
+        if self.process is not None and self.processes and self.process >= self.processes:
             raise ConfigError(
-                f"hosts.process must be from 0 to {(self.processes or 1 << 30) - 1}, got "
-                f"{self.process}"
+                f"hosts.process must be from 0 to {self.processes - 1}, got {self.process}"
             )
 
 

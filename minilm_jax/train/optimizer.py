@@ -1,7 +1,6 @@
 """The optimizer: a schedule, a clip, and weight decay where decay is meant."""
 
 import dataclasses
-import math
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +11,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from minilm_jax.errors import ConfigError
+from minilm_jax.settings import Count, Rate, Settings, Weight
 from minilm_jax.train.state import Params, TrainState
 
 Decay = Literal["linear", "cosine", "constant"]
@@ -21,37 +21,27 @@ ParamPath = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings, name="optimizer"):
     """Optimizer and learning rate schedule. Rates are for the global batch, never per device."""
 
     name: Literal["adamw", "lamb", "sgd"] = "adamw"
-    learning_rate: float = 3e-4
+    learning_rate: Weight = 3e-4
     """Peak learning rate."""
-    warmup_steps: int = 4000
+    warmup_steps: Count = 4000
     """Steps of linear warm-up from 0."""
     schedule: Decay = "linear"
     """Decay to 0 at the last step, after the warm-up."""
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-6
+    b1: Rate = 0.9
+    b2: Rate = 0.999
+    eps: Weight = 1e-6
     """Adam's epsilon; 1e-6 as in BERT's code, both MiniLM papers are silent."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Decoupled; never on biases, LayerNorm scales and parameters the loss does not reach."""
-    clip_norm: float = 1.0
+    clip_norm: Weight = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns it off."""
-    ema_decay: float = 0.0
+    ema_decay: Rate = 0.0
     """Of an exponential moving average of the parameters, which is then what is evaluated and
     exported; 0 turns it off. Try 0.999."""
-
-    def __post_init__(self) -> None:
-        for name in ("b1", "b2", "ema_decay"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"optimizer.{name} must be a number from 0 on, got {getattr(self, name)}"
-                )
 
 
 @jax.tree_util.register_dataclass

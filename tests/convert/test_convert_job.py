@@ -144,9 +144,9 @@ def test_progress_goes_to_stderr(config, monkeypatch, capsys):
     ("changes", "says"),
     [
         ({"to": "orbax", "dtype": "float16"}, "--dtype float16 is for --to huggingface"),
-        ({"max_shard_gb": 0.0}, "--max-shard-gb must be positive"),
-        ({"max_shard_gb": float("nan")}, "--max-shard-gb must be positive"),
-        ({"max_shard_gb": 1e300}, "--max-shard-gb must be positive and finite"),
+        ({"max_shard_gb": 0.0}, "max_shard_gb must be above 0"),
+        ({"max_shard_gb": float("nan")}, "max_shard_gb must be above 0"),
+        ({"max_shard_gb": 1e300}, "max_shard_gb must be above 0 and below 1,000,000, got 1e"),
     ],
 )
 def test_settings_that_fit_nothing(changes, says, config):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import inspect
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from minilm_jax.convert.orbax_form import write_orbax
 from minilm_jax.convert.sentence import SENTENCE_FILES, Sentence
 from minilm_jax.convert.verify import check_round_trip, largest_difference, random_batch
 from minilm_jax.data.tokenizers import TOKENIZER_FILES
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, ConfigError
 from minilm_jax.jobs.convert import ConvertConfig, run
 
 
@@ -279,6 +280,23 @@ def test_39_nonfinite_weights_by_request(to, tmp_path):
         return
     after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     assert after["pooler.dense.bias"].tobytes() == weights["pooler.dense.bias"].tobytes()
+
+
+def test_nonfinite_parameters_are_not_written_unasked(good, tmp_path):
+    """They were, and read_model refused the folder."""
+    good.params["encoder"]["layer_0"]["ffn"]["up"]["bias"][0] = np.nan
+    with pytest.raises(CheckpointError, match=r"NaN or infinite in encoder/layer_0/ffn/up/bias"):
+        write_model(good, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write_model(good, tmp_path / "out", nonfinite="keep")
+
+
+def test_a_choice_that_is_none_is_refused(good, tmp_path):
+    write, read = map(inspect.unwrap, (write_model, read_model))  # from the types the tests check
+    with pytest.raises(ConfigError, match=r"dtype is 'bf16', which is none of float32"):
+        write(good, tmp_path / "out", dtype="bf16")
+    with pytest.raises(ConfigError, match=r"nonfinite is 'kept', which is none of refuse, keep"):
+        read(tmp_path, nonfinite="kept")
 
 
 # Containers

@@ -268,14 +268,14 @@ def test_a_corpus_of_another_tokenizer_is_refused(make_corpus, bert):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"sequence_length": 2}, "sequence_length is 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"sequence_length": 2}, "sequence_length must be at least 3, got 2"),
         ({"buckets": (64,)}, "only layout padded"),
         ({"layout": "padded", "buckets": (64, 64)}, "growing lengths"),
         ({"layout": "padded", "buckets": (512,)}, "growing lengths"),
-        ({"weights": (1.0, 0.0)}, "numbers above 0"),
-        ({"weights": (float("nan"),)}, "numbers above 0"),
-        ({"language_exponent": 1.5}, "0 to 1"),
+        ({"weights": (1.0, 0.0)}, "weights must be above 0 and finite"),
+        ({"weights": (float("nan"),)}, "weights must be above 0 and finite"),
+        ({"language_exponent": 1.5}, "at most 1, got 1.5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):

@@ -388,8 +388,7 @@ def test_layers_are_mapped_evenly():
     "objective,student,message",
     [
         (distilbert(), NARROW, r"hidden_size=8 must be the teacher's 16"),
-        (VocabularyObjective(hard_weight=math.nan), STUDENT, r"none below 0"),
-        (soft_labels(temperature=0.0), STUDENT, r"temperature must be above 0"),
+        (VocabularyObjective(soft_weight=0.0), STUDENT, r"weights are all 0"),
         (soft_labels(), dataclasses.replace(STUDENT, vocab_size=41), r"one vocabulary"),
         (TinyBertObjective(), dataclasses.replace(STUDENT, num_attention_heads=2), r"heads=2"),
         (TinyBertObjective(layers=((5, 1),)), STUDENT, r"teacher layer 5"),
@@ -398,3 +397,7 @@ def test_layers_are_mapped_evenly():
 def test_what_does_not_fit_is_refused(objective, student, message):
     with pytest.raises(ConfigError, match=message):
         objective.check(TEACHER, student)
+    with pytest.raises(ConfigError, match=r"hard_weight must be at least 0 and finite, got nan"):
+        VocabularyObjective(hard_weight=math.nan)
+    with pytest.raises(ConfigError, match=r"temperature must be above 0 and finite, got 0\.0"):
+        soft_labels(temperature=0.0)

@@ -9,6 +9,7 @@ import pytest
 
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.encoder import encode, init_params
+from minilm_jax.errors import DataError
 
 _BERT = EncoderConfig(
     vocab_size=11,
@@ -37,3 +38,10 @@ def test_a_document_longer_than_the_position_table_is_no_number(config):
     assert config.max_length == 6
     assert np.isfinite(hidden([1] * 6 + [2] * 6 + [0] * 3)).all()  # each has positions of its own
     assert np.isnan(hidden([1] * 7)).any()
+
+
+def test_a_batch_without_segments_is_refused():
+    """All tokens would be text, padding too."""
+    batch = {"input_ids": jnp.ones((1, 4), jnp.int32), "attention_mask": jnp.ones((1, 4))}
+    with pytest.raises(DataError, match=r"no segments, only input_ids, attention_mask; segments"):
+        encode(_BERT, {}, batch)

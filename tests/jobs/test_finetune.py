@@ -328,7 +328,7 @@ def test_models_are_named_by_what_tells_them_apart(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             names(*models, **changes)
-    with pytest.raises(ConfigError, match="limit must not be negative"):
+    with pytest.raises(ConfigError, match="limit must be at least 0, got -1"):
         dataclasses.replace(config, limit=-1)
 
 
@@ -570,6 +570,10 @@ def test_scores_depend_on_neither_devices_nor_layout(official, bert, two_devices
         found.append(np.stack(scorer.logits(params, data.features)))
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
+    # The largest of NaNs would be the first class.
+    broken = jax.tree.map(lambda x: x * np.nan, params)
+    with pytest.raises(CheckpointError, match=r"NaN or infinite for (\d+) of \1 rows"):
+        scorer.logits(broken, data.features)
 
 
 # A user's own data
@@ -652,7 +656,6 @@ def test_what_cannot_work_is_said_before_the_first_step(official, bert, tmp_path
         ({"train_languages": ("de",)}, ConfigError, "sst2 has no language 'de'"),
         ({"task": "texts"}, ConfigError, "needs a file for split 'train'"),
         ({"optimizer": OptimizerConfig(warmup_steps=9)}, ConfigError, "warmup_steps=9 must be"),
-        ({"sweep": SweepConfig(seeds=(1, -1))}, ConfigError, "train.seed must not be negative"),
     ]:
         data = tmp_path if "task" in changes and changes["task"] == "squad1" else official
         wrong = dataclasses.replace(config, **{"data": TaskData(folder=data), **changes})
@@ -662,10 +665,12 @@ def test_what_cannot_work_is_said_before_the_first_step(official, bert, tmp_path
     for wrong in ({"learning_rates": (3e-5, 0.00003)}, {"epochs": (1, 1)}, {"seeds": (1, 2, 1)}):
         with pytest.raises(ConfigError, match=rf"sweep.{next(iter(wrong))} has a value twice"):
             SweepConfig(**wrong)
+    with pytest.raises(ConfigError, match=r"sweep\.seeds must be at least 0, got -1"):
+        SweepConfig(seeds=(1, -1))
     for wrong in ({"epochs": 0}, {"patience": -1}, {"warmup_ratio": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ScheduleConfig(**wrong)
-    with pytest.raises(ConfigError, match="limit must not be negative"):
+    with pytest.raises(ConfigError, match="limit must be at least 0, got -1"):
         dataclasses.replace(config, limit=-1)
 
 

@@ -1,0 +1,126 @@
+"""Settings that check themselves: a value of a wrong type, choice or range is refused at once.
+
+Types alone would not do: options of the command line are parsed by them, but what stands in a
+Python file is taken as it is. A text in the place of a path would fail far from here, and a choice
+that is none would be taken for another.
+"""
+
+import math
+import types
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
+from typing import get_type_hints as type_hints
+
+from minilm_jax.errors import ConfigError
+
+
+class Bound(NamedTuple):
+    """What a number must be, beside its type: `Annotated[float, at_least(0), below(1)]`."""
+
+    words: str
+    holds: Callable[[float], bool]
+    """False for NaN."""
+
+
+def at_least(least: int) -> Bound:
+    """Returns the bound of numbers from `least` on."""
+    return Bound(f"at least {least:,}", lambda value: value >= least)
+
+
+def above(limit: int) -> Bound:
+    """Returns the bound of numbers larger than `limit`."""
+    return Bound(f"above {limit:,}", lambda value: value > limit)
+
+
+def at_most(most: int) -> Bound:
+    """Returns the bound of numbers up to `most`."""
+    return Bound(f"at most {most:,}", lambda value: value <= most)
+
+
+def below(limit: int) -> Bound:
+    """Returns the bound of numbers smaller than `limit`."""
+    return Bound(f"below {limit:,}", lambda value: value < limit)
+
+
+FINITE = Bound("finite", math.isfinite)
+Positive = Annotated[int, at_least(1)]
+Count = Annotated[int, at_least(0)]
+Rate = Annotated[float, at_least(0), below(1)]
+Share = Annotated[float, at_least(0), at_most(1)]
+Weight = Annotated[float, at_least(0), FINITE]
+
+
+class Settings:
+    """A dataclass whose fields are checked against their annotations when it is made.
+
+    A subclass with a `__post_init__` of its own calls this one first. `class A(Settings, name="a")`
+    has its fields called `a.field` in what is said.
+    """
+
+    _name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:
+            cls._name = f"{name}."
+
+    def __post_init__(self) -> None:
+        for field, declared in _declared(type(self)).items():
+            check(self._name + field, getattr(self, field), declared)
+
+
+def check(name: str, value: Any, declared: Any) -> None:
+    """Raises ConfigError where a value is not what its annotation declares.
+
+    Args:
+      name: of the setting, for the sentence.
+      value: what it was given.
+      declared: a class, Literal, union, tuple of these, or any of them Annotated with bounds;
+        what else there is of types is not looked into.
+    """
+    complaint = _complaint(value, declared)
+    if complaint:
+        raise ConfigError(name + complaint)
+
+
+def _declared(settings: type) -> dict[str, Any]:
+    fields: dict[str, Any] = getattr(settings, "__dataclass_fields__", {})
+    hints = type_hints(settings, include_extras=True)
+    return {name: hints[name] for name in fields if get_origin(hints[name]) is not ClassVar}
+
+
+def _complaint(value: Any, declared: Any) -> str:
+    """Returns what is wrong with a value, to stand behind its name; "" where nothing is."""
+    kind, parts = get_origin(declared), get_args(declared)
+    if kind is Annotated:
+        bounds = [part for part in parts[1:] if isinstance(part, Bound)]
+        misfit = _complaint(value, parts[0])
+        if misfit or all(bound.holds(value) for bound in bounds):
+            return misfit
+        return f" must be {' and '.join(bound.words for bound in bounds)}, got {value}"
+    if kind in (Union, types.UnionType):
+        complaints = [_complaint(value, part) for part in parts]
+        return complaints[0] if all(complaints) else ""
+    if kind is Literal:
+        return "" if value in parts else f" is {value!r}, which is none of {_listed(value, parts)}"
+    if kind is tuple and isinstance(value, tuple):
+        each = parts[:1] * len(value) if parts[-1:] == (...,) else parts
+        if len(value) != len(each):
+            return f" is {value!r}, where {len(each)} values belong"
+        complaints = [_complaint(one, wanted) for one, wanted in zip(value, each, strict=True)]
+        return next(filter(None, complaints), "")
+    wanted = kind or declared
+    if wanted is Any or not isinstance(wanted, type):
+        return ""
+    fits = isinstance(value, (int, float) if wanted is float else wanted)
+    # To Python True is an int.
+    if fits and not (isinstance(value, bool) and wanted in (int, float)):
+        return ""
+    article = "an" if wanted.__name__[0].lower() in "aeiou" else "a"
+    return f" is {value!r}, where {article} {wanted.__name__} belongs"
+
+
+def _listed(value: Any, choices: tuple[Any, ...]) -> str:
+    texts = [str(choice) for choice in choices]
+    close = get_close_matches(str(value), texts, n=1)
+    return ", ".join(texts) + (f"; did you mean {close[0]!r}?" if close else "")

@@ -1,0 +1,71 @@
+"""Settings refuse what their annotations do not declare, in a sentence that names it."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from minilm_jax.errors import ConfigError
+from minilm_jax.settings import FINITE, Count, Positive, Rate, Settings, above, at_most, check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner(Settings, name="inner"):
+    steps: Positive = 6
+    limit: Count | None = None
+    rate: Rate = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer(Inner):
+    output: Path = Path("runs/x")
+    start: Literal["random", "teacher"] = "random"
+    pairs: tuple[tuple[Literal["qk", "vv"], float], ...] = (("vv", 1.0),)
+    share: Annotated[float, above(0), at_most(1), FINITE] = 0.5
+    inner: Inner | None = None
+    flag: bool = False
+    anything: Any = None
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        ({"output": "runs/x"}, "output is 'runs/x', where a Path belongs"),
+        ({"steps": 6.0}, "steps is 6.0, where an int belongs"),
+        ({"steps": True}, "steps is True, where an int belongs"),
+        ({"flag": 1}, "flag is 1, where a bool belongs"),
+        ({"rate": "1e-3"}, "rate is '1e-3', where a float belongs"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"limit": -1}, "limit must be at least 0, got -1"),
+        ({"limit": "3"}, "limit is '3', where an int belongs"),
+        ({"rate": 1.0}, "rate must be at least 0 and below 1, got 1.0"),
+        ({"rate": math.nan}, "rate must be at least 0 and below 1, got nan"),
+        ({"share": math.nan}, "share must be above 0 and at most 1 and finite, got nan"),
+        (
+            {"start": "techer"},
+            "start is 'techer', which is none of random, teacher; did you mean 'teacher'?",
+        ),
+        ({"pairs": (("qk", 1.0), ("qs", 1.0))}, "pairs is 'qs', which is none of qk, vv"),
+        ({"pairs": (("qk",),)}, "pairs is ('qk',), where 2 values belong"),
+        ({"pairs": "qk"}, "pairs is 'qk', where a tuple belongs"),
+        ({"inner": 3}, "inner is 3, where an Inner belongs"),
+    ],
+)
+def test_a_setting_that_is_not_what_it_is_declared_as_is_refused(given, message):
+    Outer(inner=Inner(), rate=0.5, limit=3, anything=object())
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'inner.{message}')}$"):
+        Outer(**given)
+
+
+def test_replacing_a_setting_checks_it_too():
+    with pytest.raises(ConfigError, match=r"inner\.steps must be at least 1, got -3"):
+        dataclasses.replace(Inner(), steps=-3)
+
+
+def test_an_argument_is_checked_like_a_setting():
+    check("dtype", "float32", Literal["float32", "bfloat16"])
+    with pytest.raises(ConfigError, match=r"dtype is 'bf16', which is none of float32, bfloat16;"):
+        check("dtype", "bf16", Literal["float32", "bfloat16"])
