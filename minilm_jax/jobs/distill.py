@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -339,9 +340,12 @@ def _summarise(result: DistillResult, config: DistillConfig, say: Callable[[str]
     for name, text in lines.items():
         if name in result.heldout:
             say(f"  {result.heldout[name]:8.4f}  {text}")
+    plot = config.output / PLOT
+    drawn = f", plot {plot}" if plot.exists() else "; a plot needs minilm_jax[plot]"
+    student = shlex.quote(result.student)
     say(
         f"\nstudent  {result.student}: a Hugging Face folder, loads in transformers\n"
-        f"metrics  {config.output / METRICS}, plot {config.output / PLOT}\n"
-        f"next     minilm-jax convert {result.student} TARGET --verify    (docs/conversion.md)\n"
+        f"metrics  {config.output / METRICS}{drawn}\n"
+        f"next     minilm-jax convert {student} TARGET --verify    (docs/conversion.md)\n"
         "         minilm-jax finetune experiments/finetune/…             (docs/tasks.md)"
     )

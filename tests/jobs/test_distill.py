@@ -30,6 +30,7 @@ from minilm_jax.jobs.distill_config import (
     ASSISTANT,
     ChainConfig,
     DistillConfig,
+    DistillResult,
     TeacherConfig,
     TextConfig,
 )
@@ -57,6 +58,19 @@ def config(tmp_path, tiny_teacher, text_file):
 def run(config):
     said: list[str] = []
     return distill.run(config, say=said.append), "\n".join(said)
+
+
+def test_the_summary_names_a_plot_that_is_there_and_a_command_that_runs(config):
+    result = DistillResult(student="my runs/student", steps=1, seconds=1.0, heldout={})
+    for drawn in (False, True):
+        if drawn:
+            config.output.mkdir()
+            (config.output / "loss.png").touch()
+        said: list[str] = []
+        distill._summarise(result, config, said.append)
+        assert ("plot needs minilm_jax[plot]" in said[-1]) is not drawn
+        assert (f", plot {config.output}/loss.png" in said[-1]) is drawn
+        assert "convert 'my runs/student' TARGET" in said[-1]
 
 
 def test_from_text_to_a_student_that_is_nearer_to_its_teacher(config):
