@@ -130,7 +130,9 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
             )
     elif command.experiment:
         if not arguments or arguments[0].startswith("-"):
-            raise ConfigError(f"{prog} needs an experiment file; experiments/README.md lists them")
+            raise ConfigError(
+                f"{prog} needs an experiment file; experiments/README.md lists the repository's"
+            )
         file, *arguments = arguments
         prog = f"{prog} {file}"
         experiment = make_way(load_experiment(file), arguments)
@@ -172,8 +174,12 @@ def load_experiment(name: str) -> Any:
 def _run(file: str) -> dict[str, Any]:
     """Returns the variables of a Python file, run as a module that its classes can be traced to.
 
-    --help reads the fields' docstrings from the file, and annotations may be text.
+    --help reads the fields' docstrings from the file, and annotations may be text. As with
+    `python FILE`, it can import what lies beside it.
     """
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     module = types.ModuleType(f"<{file}>")
     module.__file__ = file
     sys.modules[module.__name__] = module
@@ -243,9 +249,12 @@ def _quiet_libraries() -> None:
     # Orbax logs kilobytes about what it then raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with suppress(RuntimeError):  # a user without a home keeps none
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "minilm_jax" / "xla"))
+    with suppress(RuntimeError, OSError):  # a user without a home keeps none
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = home / "minilm_jax" / "xla"
+        there = next(path for path in (cache, *cache.parents) if path.exists())
+        if os.access(there, os.W_OK | os.X_OK):  # else JAX warns of a program it cannot keep
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     if not [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]:
         # libtpu is installed where TPU programs are only compiled; without a chip it would ask
         # the cloud's metadata server for one, for minutes, and complain of what it finds.

@@ -106,6 +106,14 @@ def test_an_experiment_that_fails_is_one_sentence_with_its_line(
     assert f"`python {experiment}` shows the traceback" in err
 
 
+def test_an_experiment_can_import_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_mine.py").write_text("STEPS = 3\n")
+    experiment = tmp_path / "mine.py"
+    experiment.write_text("from beside_mine import STEPS\n\nconfig = STEPS\n")
+    assert cli.load_experiment(str(experiment)) == 3
+
+
 OWN = """from __future__ import annotations
 import dataclasses
 from minilm_jax.cli import load_experiment
@@ -208,13 +216,17 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-def test_a_user_without_a_home_keeps_no_compiled_programs(monkeypatch, capsys):
+def test_compiled_programs_are_kept_where_they_can_be(monkeypatch, tmp_path, capsys):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    for cache, expected in (("", None), ("/cache", "/cache/minilm_jax/xla")):
-        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    kept, locked = tmp_path / "new" / "cache", tmp_path / "locked"
+    locked.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and access(path, mode))
+    for cache, expected in (("", None), (kept, f"{kept}/minilm_jax/xla"), (locked, None)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
         assert cli.main(["distil"]) == 2
