@@ -50,7 +50,7 @@ class TextConfig(Settings, name="text"):
     source: TextSource | None = None
     """Raw text; tokenised into OUTPUT/corpus with the teacher's tokenizer."""
     corpora: tuple[Path, ...] = ()
-    """Folders made by `minilm-jax prepare`, instead of a source."""
+    """Folders made by `minilm-jax prepare`; --text.source.paths (docs/data.md) replaces them."""
     heldout: Annotated[float, above(0), below(1)] = 0.05
     """Share of a source's documents that is kept out of training."""
     evaluate_batches: Positive = 16
