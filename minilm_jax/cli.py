@@ -59,12 +59,14 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _NAMES = {bool: "a bool", int: "an int", float: "a float", str: "a str", Path: "a Path"}
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run again to continue
+EXIT_UNREAD = 141  # as a shell counts SIGPIPE: not done, since nobody reads what it prints
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status.
 
-    0 done, 2 something the user can mend, 75 stopped by SIGTERM and saved, 130 stopped by SIGINT.
+    0 done, 2 something the user can mend, 75 stopped by SIGTERM and saved, 130 stopped by SIGINT,
+    141 cut short because whatever read its output has ended.
     """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return 0
+        return EXIT_UNREAD
     except OSError as error:
         if error.errno not in DISK_ERRORS and not error.filename:
             raise

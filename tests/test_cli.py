@@ -182,6 +182,14 @@ def test_a_stopped_run_has_a_status_of_its_own(monkeypatch, capsys, signum, stat
     assert capsys.readouterr().err == "minilm-jax: stopped after step 3, which is saved\n"
 
 
+def test_a_job_cut_short_because_nobody_reads_it_is_not_done(monkeypatch):
+    def unread(config):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(convert, "run", unread)
+    assert cli.main(["convert", "source", "target"]) == 141
+
+
 def test_a_full_disk_is_told_in_a_sentence(monkeypatch, capsys):
     def fill(config):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
