@@ -1,11 +1,15 @@
 """The dense layer of every encoder and head."""
 
+from functools import partial
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.rows import vary_like
 
 
 class Dense(nn.Module):
@@ -31,17 +35,59 @@ class Dense(nn.Module):
 def affine(
     x: Float[Array, "*n D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"], dtype: DTypeLike
 ) -> Float[Array, "*n F"]:
-    """Returns x W + b, computed in `dtype`; the bias's gradient is summed over tokens in fp32."""
-    product = multiply(x, kernel, dtype)
-    # Broadcast first, then cast: transposed, the cotangent is cast before it is summed.
-    return product + jnp.broadcast_to(bias, product.shape).astype(dtype)
+    """Returns x W + b, computed in `dtype`; gradients of W and b are summed over tokens in fp32.
+
+    Left to itself JAX would give W's the dtype of the product: XLA would add up what the devices of
+    a mesh found in bf16, which no longer grows by what is 256 times smaller.
+    """
+    kernel, bias = vary_like((kernel, bias), like=x)
+    return _affine(jnp.dtype(dtype), x, kernel, bias)
 
 
-def multiply(
-    x: Float[Array, "*n D"], kernel: Float[Array, "D F"], dtype: DTypeLike
-) -> Float[Array, "*n F"]:
-    """Returns x W, computed in `dtype`."""
-    # One matrix of all tokens. From [B, L, D] XLA's CPU backend would make the kernel's gradient by
-    # transposing the output's, which takes up to 2.5 times as long.
-    product = x.astype(dtype).reshape(-1, x.shape[-1]) @ kernel.astype(dtype)
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _affine(dtype: jnp.dtype, x: Array, kernel: Array, bias: Array) -> Float[Array, "*n F"]:
+    product = _one_matrix(x).astype(dtype) @ kernel.astype(dtype)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1]) + bias.astype(dtype)
+
+
+def _forward(
+    dtype: jnp.dtype, x: Array, kernel: Array, bias: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    return _affine(dtype, x, kernel, bias), (x, kernel, bias)
+
+
+def _backward(
+    dtype: jnp.dtype, arrays: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, Array]:
+    return affine_gradients(*arrays, cotangent=cotangent, dtype=dtype)
+
+
+_affine.defvjp(_forward, _backward)
+
+
+def affine_gradients(
+    x: Float[Array, "*n D"],
+    kernel: Float[Array, "D F"],
+    bias: Float[Array, " F"],
+    *,
+    cotangent: Float[Array, "*n F"],
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "*n D"], Float[Array, "D F"], Float[Array, " F"]]:
+    """Returns the gradients of x, W and b, each in the dtype of what it is of."""
+    slope = _one_matrix(cotangent)
+    of_x = jnp.einsum("nf,df->nd", slope, kernel.astype(dtype)).reshape(x.shape)
+    # In this order, as JAX would: XLA's CPU backend takes longer for x's transpose.
+    of_kernel = jnp.einsum(
+        "nf,nd->fd", slope, _one_matrix(x).astype(dtype), preferred_element_type=kernel.dtype
+    ).T
+    of_bias = cotangent.astype(bias.dtype).sum(tuple(range(cotangent.ndim - 1)))
+    return of_x.astype(x.dtype), of_kernel, of_bias
+
+
+def _one_matrix(x: Float[Array, "*n D"]) -> Float[Array, "N D"]:
+    """Returns one matrix of all tokens.
+
+    From [B, L, D] XLA's CPU backend would make the kernel's gradient by transposing the output's,
+    which takes up to 2.5 times as long.
+    """
+    return x.reshape(-1, x.shape[-1])

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from minilm_jax.cpu import not_before
 from minilm_jax.encoder.activations import ACTIVATIONS
 from minilm_jax.encoder.config import EncoderConfig
-from minilm_jax.encoder.dense import Dense, affine, multiply
+from minilm_jax.encoder.dense import Dense, affine, affine_gradients
 from minilm_jax.rows import vary_like
 
 
@@ -48,12 +48,9 @@ def _backward(
 ) -> tuple[Array, ...]:
     x, kernel, bias = arrays
     y, differentiate = jax.vjp(ACTIVATIONS[activation], not_before(cotangent, x))
-    # Transposed, not differentiated: that would trace the product of the forward pass once more.
-    of_layer = jax.linear_transpose(
-        lambda kernel, bias: affine(y, kernel, bias, dtype), kernel, bias
-    )
-    of_product = jax.linear_transpose(lambda y: multiply(y, kernel, dtype), y)
-    return *differentiate(*of_product(cotangent)), *of_layer(cotangent)
+    # By its formula, not by JAX: that would trace the product of the forward pass once more.
+    of_y, of_kernel, of_bias = affine_gradients(y, kernel, bias, cotangent=cotangent, dtype=dtype)
+    return *differentiate(of_y), of_kernel, of_bias
 
 
 _activated_affine.defvjp(_forward, _backward)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minilm_jax.encoder.config import EncoderConfig
+from minilm_jax.encoder.config import Compute, EncoderConfig
+from minilm_jax.encoder.dense import Dense
 from minilm_jax.encoder.encoder import encode, init_params
 from minilm_jax.errors import DataError
 
@@ -45,3 +46,32 @@ def test_a_batch_without_segments_is_refused():
     batch = {"input_ids": jnp.ones((1, 4), jnp.int32), "attention_mask": jnp.ones((1, 4))}
     with pytest.raises(DataError, match=r"no segments, only input_ids, attention_mask; segments"):
         encode(_BERT, {}, batch)
+
+
+def test_gradients_of_kernels_are_summed_in_fp32_where_products_are_bf16():
+    """In bf16 they would be rounded, and on a mesh added up in bf16, device by device."""
+    params = init_params(jax.random.key(0), _BERT)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (4, 6)), jnp.int32)
+    batch = {"input_ids": tokens, "segments": jnp.ones_like(tokens)}
+
+    def total(params):
+        hidden = encode(_BERT, params, batch, compute=Compute(dtype="bfloat16")).last_hidden_state
+        return jnp.sum(hidden.astype(jnp.float32) ** 3)
+
+    gradients = jax.jit(jax.grad(total))(params)["layer_0"]
+    kernels = {
+        jax.tree_util.keystr(path): x
+        for path, x in jax.tree_util.tree_leaves_with_path(gradients)
+        if "kernel" in jax.tree_util.keystr(path)
+    }
+    assert len(kernels) == 6
+    for name, gradient in kernels.items():
+        assert (gradient != gradient.astype(jnp.bfloat16)).any(), name
+
+
+def test_a_kernel_s_gradient_counts_on_where_bf16_stops():
+    layer = Dense(2, _BERT, jnp.bfloat16)
+    x = jnp.ones((3, 171, 4), jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda params: layer.apply(params, x).astype(jnp.float32).sum())(params)
+    np.testing.assert_array_equal(gradient["params"]["kernel"], 513.0)
