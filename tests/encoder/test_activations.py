@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minilm_jax.encoder import activations
-from minilm_jax.encoder.activations import gelu
+from minilm_jax.encoder.activations import ACTIVATIONS, gelu
 
 
 def phi(x):
@@ -36,11 +36,12 @@ def test_what_is_no_number_stays_none():
     assert np.isnan(jax.value_and_grad(gelu)(jnp.float32(jnp.nan))).all()
 
 
-def test_bf16_is_rounded_once():
-    x = jnp.linspace(-6, 6, 1001).astype(jnp.bfloat16)
-    value, pull = jax.vjp(gelu, x)
-    np.testing.assert_array_equal(value, gelu(x.astype(jnp.float32)).astype(jnp.bfloat16))
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_bf16_is_rounded_once(name):
+    function, x = ACTIVATIONS[name], jnp.linspace(-6, 6, 1001).astype(jnp.bfloat16)
+    value, pull = jax.vjp(function, x)
+    np.testing.assert_array_equal(value, function(x.astype(jnp.float32)).astype(jnp.bfloat16))
     (slope,) = pull(jnp.ones_like(x))
     assert slope.dtype == jnp.bfloat16
-    expected = jax.vmap(jax.grad(gelu))(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    expected = jax.vmap(jax.grad(function))(x.astype(jnp.float32)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(slope, expected)
