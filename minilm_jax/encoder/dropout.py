@@ -78,8 +78,9 @@ def drop(
     x: Float[Array, "B ..."], words: UInt32[Array, "B 2"], rate: float
 ) -> Float[Array, "B ..."]:
     """Returns `x` with elements dropped; the gradient draws the mask again rather than keep it."""
-    scale = jnp.asarray(1 / (1 - rate), x.dtype)
-    return jnp.where(kept(words, x.shape[1:], rate), x * scale, jnp.zeros_like(x))
+    # A factor in bf16 is rounded itself: at a rate of 0.1 all that is kept would be 0.16% too low.
+    scaled = (x.astype(jnp.float32) * (1 / (1 - rate))).astype(x.dtype)
+    return jnp.where(kept(words, x.shape[1:], rate), scaled, jnp.zeros_like(x))
 
 
 def _forward(x: Array, words: Array, rate: float) -> tuple[Array, Array]:

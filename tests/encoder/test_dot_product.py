@@ -120,3 +120,14 @@ def test_dropout_of_a_part_is_the_part_of_the_whole_and_its_gradient_the_same_ma
     x = jnp.ones((2, 6, 5))
     gradient = jax.grad(lambda x: drop(x, words, 0.5).sum())(x)
     np.testing.assert_array_equal(gradient, jnp.where(whole, 2.0, 0.0))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1])
+def test_dropout_in_bf16_is_no_factor_in_the_mean(rate):
+    """1 / (1 - rate), rounded to bf16, is 0.16% too low or 0.18% too high for all that is kept."""
+    words = row_words(jax.random.key(0), jnp.arange(16))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4096)), jnp.bfloat16)
+    found = np.asarray(drop(x, words, rate), np.float64)[kept(words, (4096,), rate)]
+    before = np.asarray(x, np.float64)[kept(words, (4096,), rate)]
+    factor = (found * before).sum() / (before * before).sum()
+    assert abs(factor * (1 - rate) - 1) < 2e-4
