@@ -163,7 +163,6 @@ def _plain_forward(
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B H L"]]:
     """Returns the mixed values and the logarithm of each row's total."""
     rows = _Rows(segments, words, rate)
-    query *= _scale(query, heads)
     totals = jnp.zeros((*query.shape[:2], heads), jnp.float32)
     totals = vary_like(totals, like=(query, key, value, segments, words))
     mixed, log_total = _replace_heads(
@@ -190,18 +189,18 @@ def _plain_backward(
     rate: float,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L D"]]:
     """Returns the gradients of queries, keys and values."""
-    rows, scale = _Rows(segments, words, rate), _scale(query, heads)
+    rows = _Rows(segments, words, rate)
     # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
     products = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
     shared = products.reshape(*mixed.shape[:2], heads, mixed.shape[-1] // heads).sum(axis=-1)
     of_query, of_key, of_value = _replace_heads(
         partial(_backward_heads, rows=rows),
-        (query * scale, key, cotangent),
+        (query, key, cotangent),
         (value, log_total.swapaxes(1, 2), shared),
         heads=heads,
         elements=BACKWARD_ELEMENTS,
     )
-    return of_query * scale, of_key, of_value
+    return of_query, of_key, of_value
 
 
 class _Rows(NamedTuple):
@@ -230,8 +229,7 @@ def _forward_heads(
     rows: _Rows,
 ) -> tuple[Float[Array, "B h L K"], Float[Array, "B h L 1"]]:
     """Returns the mixed values of some heads and the logarithm of each row's total."""
-    logits = _product("bhqk,bhkl->bhql", query, _transpose(key))
-    logits = jnp.where(rows.allowed(), logits, -jnp.inf)
+    logits = jnp.where(rows.allowed(), _logits(query, key), -jnp.inf)
     peak = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - peak)
     # Normalising after the value product divides L x K numbers instead of L x L.
@@ -253,9 +251,9 @@ def _backward_heads(
     *,
     rows: _Rows,
 ) -> tuple[Float[Array, "B h L K"], Float[Array, "B h L K"], Float[Array, "B h L K"]]:
-    """Returns the gradients of some heads' (scaled) queries, keys and values."""
+    """Returns the gradients of some heads' queries, keys and values."""
     dtype = query.dtype
-    logits = _product("bhqk,bhkl->bhql", query, _transpose(key))
+    logits = _logits(query, key)
     probabilities = jnp.where(rows.allowed(), jnp.exp(logits - log_total), 0.0)
     slopes = _product("bhqk,bhkl->bhql", cotangent, _transpose(value))
     dropped = probabilities
@@ -268,8 +266,8 @@ def _backward_heads(
     of_key = _product("bhkq,bhql->bhkl", _transpose(query), of_logits)
     of_value = _product("bhkq,bhql->bhkl", _transpose(cotangent), dropped.astype(dtype))
     return (
-        of_query.astype(dtype),
-        _transpose_product(of_key).astype(dtype),
+        (of_query * _scale(query)).astype(dtype),
+        (_transpose_product(of_key) * _scale(query)).astype(dtype),
         _transpose_product(of_value).astype(dtype),
     )
 
@@ -328,8 +326,15 @@ def _replace_heads(
     return jax.lax.platform_dependent(replaced, read, cpu=looped, default=whole)
 
 
-def _scale(query: Float[Array, "B L D"], heads: int) -> Float[Array, ""]:
-    return jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)
+def _logits(
+    query: Float[Array, "B h L K"], key: Float[Array, "B h L K"]
+) -> Float[Array, "B h L L"]:
+    """Returns Q Kᵀ / √K in fp32; a query in bf16 would be rounded once more, were it scaled."""
+    return _product("bhqk,bhkl->bhql", query, _transpose(key)) * _scale(query)
+
+
+def _scale(query: Float[Array, "B h L K"]) -> float:
+    return float(query.shape[-1] ** -0.5)
 
 
 def _product(subscripts: str, left: Array, right: Array) -> Float[Array, "..."]:

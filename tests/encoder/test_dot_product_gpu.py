@@ -85,6 +85,18 @@ def test_bf16_operands_give_bf16_results_near_fp32_ones():
         assert np.abs(ours.astype(jnp.float32) - theirs).max() < 0.03 * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_in_bf16_xla_s_operations_are_as_exact_as_the_kernels(rate):
+    """A head of 32, whose 1 / √K is no number of bf16."""
+    arrays, segments, words = problem(128, 96, dtype=jnp.bfloat16)
+    same = tuple(x.astype(jnp.float32) for x in arrays)
+    exact = by_xla(same, segments, words, heads=3, rate=rate)
+    by_each = (f(arrays, segments, words, heads=3, rate=rate) for f in (by_xla, by_kernels))
+    for plain, kernels, wanted in zip(*by_each, exact, strict=True):
+        error, least = (jnp.linalg.norm(x - wanted) for x in (plain, kernels))
+        assert error < 1.05 * least
+
+
 def program(implementation="auto", *, heads=12, length=128, batch=2):
     """A forward and backward pass, and what it is lowered for."""
 
