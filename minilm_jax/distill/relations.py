@@ -145,7 +145,7 @@ def reference_per_head(
     log_teacher = _log_relation(*teacher, allowed=allowed, heads=heads)
     log_student = _log_relation(*student, allowed=allowed, heads=heads)
     rows = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
-    return jnp.einsum("brl,bl->r", rows, weights)
+    return jnp.einsum("brl,bl->r", rows, weights, precision=jax.lax.Precision.HIGHEST)
 
 
 class _Residuals(NamedTuple):

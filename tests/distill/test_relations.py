@@ -365,6 +365,17 @@ def test_low_precision_inputs_are_no_worse_than_twice_the_plain_version(implemen
         assert error(ours, best) <= 2 * error(theirs, best)
 
 
+def test_the_reference_multiplies_fp32_on_accelerators_too():
+    """Which a CPU cannot show: it multiplies fp32 arrays in fp32 whatever it is told."""
+    teacher, student = models(1, 4)
+    loss = partial(relation_kl, heads=2, implementation="reference")
+    segments = jnp.ones((1, 4), jnp.int32)
+    text = jax.jit(loss).lower(teacher, student, segments=segments).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 3  # two relations, and the weights of their rows
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def plain_in_own_dtype(teacher, student, *, segments, heads):
     """What one writes who thinks of no precision: every step in the inputs' dtype."""
 
