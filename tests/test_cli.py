@@ -211,7 +211,7 @@ def test_a_file_that_may_not_be_read_is_told_in_a_sentence(monkeypatch, capsys):
 
 def test_a_terminal_without_unicode_is_written_to_all_the_same():
     said = subprocess.run(
-        [sys.executable, "-m", "minilm_jax.cli", "--help"],
+        [sys.executable, "-m", "minilm_jax", "--help"],
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
         capture_output=True,
     )

@@ -170,7 +170,7 @@ def test_a_run_stopped_by_a_signal_continues_to_the_same_student(config, tmp_pat
     experiment.write_text(f"import pickle\n\nconfig = pickle.loads({pickle.dumps(config)!r})\n")
 
     def start(output):
-        command = [sys.executable, "-m", "minilm_jax.cli", "distill", str(experiment)]
+        command = [sys.executable, "-m", "minilm_jax", "distill", str(experiment)]
         return subprocess.Popen(
             [*command, "--output", str(output), "--train.log-every", "1"],
             stdout=subprocess.DEVNULL,

@@ -35,7 +35,7 @@ config = DistillConfig(
 
 
 def start(experiment, output, *, devices, options=()):
-    command = [sys.executable, "-m", "minilm_jax.cli", "distill", str(experiment)]
+    command = [sys.executable, "-m", "minilm_jax", "distill", str(experiment)]
     return subprocess.Popen(
         [*command, "--output", str(output), *options],
         stdout=subprocess.PIPE,

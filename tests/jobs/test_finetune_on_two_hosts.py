@@ -39,7 +39,7 @@ config = FinetuneConfig(
 
 
 def start(experiment, output, *, devices, options=()):
-    command = [sys.executable, "-m", "minilm_jax.cli", "finetune", str(experiment)]
+    command = [sys.executable, "-m", "minilm_jax", "finetune", str(experiment)]
     return subprocess.Popen(
         [*command, "--output", str(output), *options],
         stdout=subprocess.PIPE,
