@@ -263,3 +263,7 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
