@@ -56,7 +56,6 @@ COMMANDS = {
 }
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """A file that cannot be written or read for the disk's sake; the same command can go on then."""
-_NAMES = {bool: "a bool", int: "an int", float: "a float", str: "a str", Path: "a Path"}
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run again to continue
 EXIT_UNREAD = 141  # as a shell counts SIGPIPE: not done, since nobody reads what it prints
@@ -176,12 +175,13 @@ def load_experiment(name: str) -> Any:
 def _run(file: str) -> dict[str, Any]:
     """Returns the variables of a Python file, run as a module that its classes can be traced to.
 
-    --help reads the fields' docstrings from the file, and annotations may be text. As with
+    --help reads the fields' docstrings from the file, and annotations may be text. Much as with
     `python FILE`, it can import what lies beside it.
     """
     folder = str(Path(file).resolve().parent)
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        # Last, where a neighbour called tokenizers.py takes no library's place.
+        sys.path.append(folder)
     module = types.ModuleType(f"<{file}>")
     module.__file__ = file
     sys.modules[module.__name__] = module

@@ -5,12 +5,22 @@ Python file is taken as it is. A text in the place of a path would fail far from
 that is none would be taken for another.
 """
 
+import dataclasses
 import math
 import types
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
-from typing import get_type_hints as type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from minilm_jax.errors import ConfigError
 
@@ -52,7 +62,7 @@ Weight = Annotated[float, at_least(0), FINITE]
 
 
 class Settings:
-    """A dataclass whose fields are checked against their annotations when it is made.
+    """The base of dataclasses whose fields are checked against their annotations when one is made.
 
     A subclass with a `__post_init__` of its own calls this one first. `class A(Settings, name="a")`
     has its fields called `a.field` in what is said.
@@ -65,8 +75,10 @@ class Settings:
             cls._name = f"{name}."
 
     def __post_init__(self) -> None:
-        for field, declared in _declared(type(self)).items():
-            check(self._name + field, getattr(self, field), declared)
+        declared = get_type_hints(type(self), include_extras=True)
+        fields: Any = self  # a dataclass, as every subclass is
+        for field in dataclasses.fields(fields):
+            check(self._name + field.name, getattr(self, field.name), declared[field.name])
 
 
 def check(name: str, value: Any, declared: Any) -> None:
@@ -81,12 +93,6 @@ def check(name: str, value: Any, declared: Any) -> None:
     complaint = _complaint(value, declared)
     if complaint:
         raise ConfigError(name + complaint)
-
-
-def _declared(settings: type) -> dict[str, Any]:
-    fields: dict[str, Any] = getattr(settings, "__dataclass_fields__", {})
-    hints = type_hints(settings, include_extras=True)
-    return {name: hints[name] for name in fields if get_origin(hints[name]) is not ClassVar}
 
 
 def _complaint(value: Any, declared: Any) -> str:

@@ -138,7 +138,9 @@ def test_without_a_compiler_xla_s_operations_are_taken(cache, tmp_path, monkeypa
 
     function = functools.partial(attend, implementation="auto")
     assert calls(function, x) == 0
-    np.testing.assert_array_equal(jax.jit(function)(x), attend(x, "plain"))
+    # Both compiled, which fuses a scale into its product or does not.
+    plain = functools.partial(attend, implementation="plain")
+    np.testing.assert_array_equal(jax.jit(function)(x), jax.jit(plain)(x))
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ def read_tsv(
                 f"{path}:1: no column {', '.join(map(repr, missing))}; it has"
                 f" {', '.join(map(repr, names))}: the file belongs to another task or split"
             )
+        twice = [name for name in needs if names.count(name) > 1]
+        if twice:
+            raise DataError(
+                f"{path}:1: column {twice[0]!r} stands there twice; remove or rename one"
+            )
     for origin, line in lines:
         cells = line.split("\t")
         if len(cells) != len(names):

@@ -53,14 +53,16 @@ def read_texts(
                     f"{origin}: label {json.dumps(said):.60} is a {type(said).__name__}; one class"
                     " name belongs there"
                 )
+            _check_cell("label", said, origin)
             if str(said) != str(said).strip():
                 raise DataError(f"{origin}: label {said!r} begins or ends with a space; remove it")
             allowed = {x: x for x in labels} if labels is not None else {str(said): str(said)}
             label = class_name(str(said), labels=allowed, column="label", origin=origin)
-        pair = row.get("text_pair")
+        pair, name = row.get("text_pair"), _given(row, "id", number)
+        _check_cell("id", name, origin)
         found.append(
             TextExample(
-                id=str(_given(row, "id", number)),
+                id=str(name),
                 text=_text(row, "text", origin),
                 text_pair=None if pair is None or pair != pair else _text(row, "text_pair", origin),
                 label=label,
@@ -195,6 +197,15 @@ def _given(row: dict[str, Any], key: str, default: Any = None) -> Any:
     """Returns an optional value; an empty cell, null and pandas' NaN are none."""
     value = row.get(key)
     return default if value is None or value == "" or value != value else value
+
+
+def _check_cell(key: str, value: Any, origin: str) -> None:
+    """Raises DataError where a value is no cell of the .tsv that predictions are written to."""
+    if re.search(r"[\t\r\n]", str(value)):
+        raise DataError(
+            f"{origin}: {key} {value!r:.60} holds a tab or a line end; predictions are written as"
+            " .tsv: remove it"
+        )
 
 
 def _text(row: dict[str, Any], key: str, origin: str) -> str:

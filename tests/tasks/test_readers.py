@@ -339,6 +339,9 @@ def test_own_texts_as_tsv_and_jsonl(tmp_path):
     assert label_names(first, name="a") == ("ham", "spam")
     with pytest.raises(DataError, match=r"a.tsv:3: label 'ham' is not one of spam, eggs"):
         read_texts(tsv, labels=("spam", "eggs"))
+    twice = write_tsv(tmp_path / "b.tsv", ("text", "label", "label"), ("x", "spam", "eggs"))
+    with pytest.raises(DataError, match=r"b.tsv:1: column 'label' stands there twice"):
+        read_texts(twice)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +353,8 @@ def test_own_texts_as_tsv_and_jsonl(tmp_path):
         ("[]", r"a.jsonl:1: is a list"),
         ('{"text": "x", "label": NaN}', r"a.jsonl:1: label is missing"),
         ('{"text": "x", "label": "pos "}', r"a.jsonl:1: label 'pos ' begins or ends with a space"),
+        ('{"text": "x", "label": "a\\tb"}', r"a.jsonl:1: label 'a\\tb' holds a tab or a line end"),
+        ('{"text": "x", "label": "a", "id": "1\\n2"}', r"id '1\\n2' holds a tab or a line end"),
         ('{"text": "x", "label": ["a", "b"]}', r'label \["a", "b"\] is a list; one class name'),
         ('{"text": "x", "label": {"a": 1}}', r"is a dict; one class name belongs there"),
         (r'{"text": "so \ud83d!", "label": "x"}', r"a.jsonl:1: half of .* in .*so \\ud83d!"),
