@@ -15,7 +15,6 @@ from minilm_jax.distill.objective import (
     Batch,
     LossFunction,
     Objective,
-    ParamPath,
     Params,
     batch_counts,
 )
@@ -103,10 +102,6 @@ class VocabularyObjective(Objective):
 
         return loss
 
-    def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
-        """Returns the masked LM head where nothing but hidden states is compared."""
-        return () if self.soft_weight or self.hard_weight else (("mlm",),)
-
     def teacher_layers(self, teacher: EncoderConfig) -> int:
         """Returns all of them, or 0 where the teacher has no say (plain MLM)."""
         return teacher.num_hidden_layers if self.soft_weight or self.cosine_weight else 0
@@ -120,8 +115,11 @@ class VocabularyObjective(Objective):
         return self.mask
 
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
-        """Returns a fresh masked LM head."""
-        return {"mlm": init_mlm(key, student)}
+        """Returns a fresh masked LM head, unless nothing but hidden states is compared.
+
+        The student would be written with it, never trained, as one that predicts tokens.
+        """
+        return {"mlm": init_mlm(key, student)} if self.soft_weight or self.hard_weight else {}
 
 
 def mlm() -> VocabularyObjective:
