@@ -22,6 +22,7 @@ import jax
 from minilm_jax.cli import load_experiment
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig
 from minilm_jax.jobs.plan import make_plan
+from minilm_jax.jobs.teacher import describe_teacher
 from minilm_jax.train.described import tpu_devices
 from minilm_jax.train.devices import Devices, Lift
 from minilm_jax.train.hardware import GIB
@@ -92,7 +93,7 @@ def measure(config: DistillConfig, hardware: str, lift: Lift) -> dict[str, Any]:
         config, train=dataclasses.replace(config.train, lift=lift, fsdp=fsdp)
     )
     devices = Devices(lift, fsdp=fsdp, devices=tpu_devices(hardware))
-    plan = make_plan(config, devices, hardware=hardware, efficiency=0.4)
+    plan = make_plan(config, describe_teacher(config), devices, hardware=hardware, efficiency=0.4)
     memory = plan.memory
     jax.clear_caches()  # compiled steps of 256 devices add up to gigabytes
     return {

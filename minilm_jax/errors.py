@@ -13,6 +13,10 @@ class CheckpointError(UserError):
     """A model file or folder is missing, broken or not what it claims to be."""
 
 
+class MissingHeadError(CheckpointError):
+    """A model file or folder holds no head of the kind that was asked for."""
+
+
 class DataError(UserError):
     """Text, a tokenizer or a corpus is missing, broken or does not fit the model."""
 

@@ -23,7 +23,7 @@ from minilm_jax.convert.strict_json import read_json
 from minilm_jax.convert.weights import Weights, find_weights, instead, open_weights
 from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, TOKENIZER_FILES
 from minilm_jax.encoder.config import EncoderConfig
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, MissingHeadError
 from minilm_jax.settings import check as check_setting
 
 Dtype = Literal["float32", "float16", "bfloat16", "source"]
@@ -53,7 +53,8 @@ def read_model(
       on_tensor: called after each tensor with its name, bytes done, and bytes in all.
 
     Raises:
-      CheckpointError: anything is missing, unknown, misshaped, broken or not finite.
+      CheckpointError: anything is missing, unknown, misshaped, broken or not finite;
+        MissingHeadError where there is nothing of a head that is to be read.
       ConfigError: config.json asks for an impossible shape.
     """
     check_setting("nonfinite", nonfinite, Nonfinite)
@@ -103,12 +104,12 @@ def keep_heads(model: Model, heads: Iterable[str] | None) -> Model:
     """Returns `model` with these heads and what they compute on alone; None keeps all.
 
     Raises:
-      CheckpointError: it lacks one of them.
+      MissingHeadError: it lacks one of them.
     """
     wanted = {"encoder"} | with_needed(model.params if heads is None else heads)
     missing = wanted - set(model.params)
     if missing:
-        raise CheckpointError(
+        raise MissingHeadError(
             f"{model.source or 'the model to write'} has no {', '.join(sorted(missing))}"
         )
     kept = {part: model.params[part] for part in sorted(wanted)}

@@ -6,7 +6,7 @@ from typing import Literal
 
 from minilm_jax.convert.names import HEADS, TABLES, Row, Table, with_needed
 from minilm_jax.encoder.config import EncoderConfig
-from minilm_jax.errors import CheckpointError
+from minilm_jax.errors import CheckpointError, MissingHeadError
 
 # The way out of whatever is wrong with heads.
 ENCODER_ALONE = "convert it with an empty --heads to keep the encoder alone"
@@ -58,6 +58,7 @@ def match_names(
 
     Raises:
       CheckpointError: names all unknown, missing and misshaped tensors together.
+      MissingHeadError: the file has no tensor of a head that is to be read.
     """
     table = TABLES[config.model_type]
     architectures = tuple(architectures)
@@ -256,6 +257,10 @@ def _choose_heads(
                 f"{file}: heads {sorted(unknown)} do not exist in this family; "
                 f"there are {', '.join(own)}"
             )
+        # Of a head that is there in part every missing tensor is named.
+        absent = [head for head in sorted(heads) if not own[head] & set(actual)]
+        if absent:
+            raise MissingHeadError(f"{file} has no {', '.join(absent)} head")
         return sorted(with_needed(heads))
     # XLM-R's classes are RoBERTa's under another name.
     classes = {

@@ -21,6 +21,8 @@ from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import running
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, DistillResult, check_settings
 from minilm_jax.jobs.distill_step import (
+    exported,
+    exported_params,
     initial_params,
     make_loss,
     make_run_optimizer,
@@ -39,7 +41,7 @@ from minilm_jax.jobs.running import (
     own_folder,
     write_result,
 )
-from minilm_jax.jobs.teacher import learn_tokenizer, load_teacher, open_tokenizer
+from minilm_jax.jobs.teacher import check_heads, learn_tokenizer, load_teacher, open_tokenizer
 from minilm_jax.jobs.text import Splits, check_source, make_masking, open_splits, tokenise
 from minilm_jax.reductions import Loss
 from minilm_jax.signals import stoppable
@@ -55,8 +57,6 @@ from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation
 
 PLOT = "loss.png"
-EXPORTED_HEADS = ("mlm",)
-"""Trained modules that are part of the student; learned projections are not."""
 
 
 def run(
@@ -77,6 +77,7 @@ def run(
             with fail_together():
                 made = _prepare(assistant, say)
                 _check(student, made.shape, made.tokenizer, fingerprint=None)
+                check_heads(student, exported(assistant, made.teacher))
             made.finish()
             say("\n— student —")
             config = student
@@ -133,12 +134,11 @@ class _Run:
     ) -> DistillResult:
         """Writes student, plot and result."""
         config, target = self.config, self.config.output / STUDENT
-        kept = {name: params[name] for name in ("encoder", *EXPORTED_HEADS) if name in params}
         # The teacher's settings and tokenizer, and no source: these weights were read nowhere.
         student = dataclasses.replace(
             self.teacher,
             config=self.shape,
-            params=self.devices.fetch(kept),
+            params=self.devices.fetch(exported_params(params)),
             source="",
             fingerprint="",
             stored_dtypes={},

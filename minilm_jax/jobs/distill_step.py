@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,9 @@ from minilm_jax.reductions import Loss
 from minilm_jax.train.flops import gradient_flops
 from minilm_jax.train.optimizer import make_optimizer, make_schedule
 from minilm_jax.train.step import Given, make_given
+
+EXPORTED_HEADS = ("mlm",)
+"""Trained modules that are part of the student; learned projections are not."""
 
 
 def make_loss(config: DistillConfig, teacher: EncoderConfig) -> LossFunction:
@@ -72,6 +75,25 @@ def initial_params(
         "encoder": init_student(key, config.student, teacher, teacher_encoder),
         **config.objective.new_params(other_key, teacher, student),
     }
+
+
+def exported_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of the trained parameters that the student is written with."""
+    return {name: params[name] for name in ("encoder", *EXPORTED_HEADS) if name in params}
+
+
+def exported(config: DistillConfig, teacher: Model) -> Model:
+    """Returns the student as the run will write it, with shapes for parameters.
+
+    It is what the second run of a chain is checked with, and planned, before the first has run.
+
+    Args:
+      config: of the run that trains it.
+      teacher: of that run; its parameters may be shapes.
+    """
+    start = functools.partial(initial_params, config, teacher.config)
+    params = exported_params(jax.eval_shape(start, teacher.params["encoder"]))
+    return Model(config=student_encoder_config(config.student, teacher.config), params=params)
 
 
 def batch_shapes(config: DistillConfig, length: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -25,6 +25,7 @@ from minilm_jax.errors import first_line
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, check_settings
 from minilm_jax.jobs.distill_step import (
     batch_shapes,
+    exported,
     initial_params,
     make_loss,
     make_run_optimizer,
@@ -32,7 +33,7 @@ from minilm_jax.jobs.distill_step import (
     step_flops,
 )
 from minilm_jax.jobs.running import lift_step
-from minilm_jax.jobs.teacher import describe_teacher
+from minilm_jax.jobs.teacher import check_heads, describe_teacher
 from minilm_jax.settings import Settings, above, at_most
 from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
@@ -117,13 +118,19 @@ def run(config: PlanConfig, *, say: Callable[[str], None] = print) -> tuple[Plan
         stages = dict(zip(("--assistant.", "--student."), config.run.stages(), strict=True))
     else:
         stages = {"--": config.run}
-    plans = []
-    for option, stage in stages.items():
+    first, *later = stages.values()
+    teachers = [describe_teacher(first)]
+    for student in later:
+        teachers.append(exported(first, teachers[0]))
+        check_heads(student, teachers[-1])
+    plans: list[Plan] = []
+    for (option, stage), teacher in zip(stages.items(), teachers, strict=True):
         train = stage.train
         devices = Devices(train.lift, fsdp=train.fsdp, count=train.devices, devices=found)
         plans.append(
             make_plan(
                 stage,
+                teacher,
                 devices,
                 hardware=config.hardware,
                 efficiency=config.efficiency,
@@ -136,6 +143,7 @@ def run(config: PlanConfig, *, say: Callable[[str], None] = print) -> tuple[Plan
 
 def make_plan(
     config: DistillConfig,
+    teacher: Model,
     devices: Devices,
     *,
     hardware: str,
@@ -146,13 +154,13 @@ def make_plan(
 
     Args:
       config: of the run.
+      teacher: its parameters may be shapes.
       devices: what it would run on.
       hardware: their name.
       efficiency: share of the peak that is reached.
       option: what the options of this run begin with.
     """
     devices.check_batch(config.batch.batch_size, accumulate=config.train.accumulate)
-    teacher = describe_teacher(config)
     step, state, given, batch = abstract_step(config, teacher, devices)
     flops = step_flops(config, teacher, config.batch.sequence_length)
     refusal, memory, bytes_accessed = "", None, 0.0

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.vocabulary import init_mlm
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.encoder import init_params
-from minilm_jax.errors import ConfigError
+from minilm_jax.errors import ConfigError, MissingHeadError
 from minilm_jax.jobs.distill_config import DistillConfig
 
 
@@ -26,12 +26,10 @@ def load_teacher(config: DistillConfig) -> Model:
     if wanted.init == "random" and wanted.shape is not None:
         params = _random_params(wanted.shape, heads)
         return Model(config=wanted.shape, params=params, fingerprint="random")
-    teacher = read_model(wanted.source, sha256=wanted.sha256, heads=heads)
-    for head in heads:
-        if head not in teacher.params:
-            raise ConfigError(
-                f"teacher {wanted.source} has no {head} head, which this objective learns from"
-            )
+    try:
+        teacher = read_model(wanted.source, sha256=wanted.sha256, heads=heads)
+    except MissingHeadError:
+        raise _lacks(wanted.source, heads) from None
     if wanted.shape is not None:
         for field in dataclasses.fields(EncoderConfig):
             found, expected = (getattr(c, field.name) for c in (teacher.config, wanted.shape))
@@ -42,6 +40,24 @@ def load_teacher(config: DistillConfig) -> Model:
                     f"{expected}"
                 )
     return teacher
+
+
+def check_heads(config: DistillConfig, teacher: Model) -> None:
+    """Raises ConfigError where a teacher that is yet to be trained will lack what is learnt from.
+
+    Args:
+      config: of the run that learns from it.
+      teacher: `distill_step.exported` of the run that trains it.
+    """
+    lacking = [head for head in config.objective.teacher_heads() if head not in teacher.params]
+    if lacking:
+        raise _lacks(config.teacher.source, lacking)
+
+
+def _lacks(source: str, heads: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"teacher {source} has no {', '.join(heads)} head, which this objective learns from"
+    )
 
 
 def describe_teacher(config: DistillConfig) -> Model:

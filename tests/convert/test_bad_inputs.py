@@ -528,7 +528,7 @@ bad(41, "missing tensor", f"missing {_QUERY}.bias")(
 bad(41, "a head that config.json promises", "missing classifier.weight")(
     lambda f: _edit_config(f, architectures=["BertForSequenceClassification"])
 )
-bad(41, "a head that was asked for", "missing qa_outputs.weight", "--heads", "span")(lambda f: None)
+bad(41, "a head that was asked for", "has no span head", "--heads", "span")(lambda f: None)
 bad(41, "a head that does not exist", "do not exist in this family", "--heads", "lm")(
     lambda f: None
 )

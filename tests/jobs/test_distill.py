@@ -23,6 +23,7 @@ from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource
 from minilm_jax.distill.objectives import RelationObjective, minilm, minilmv2
 from minilm_jax.distill.student import StudentConfig
+from minilm_jax.distill.vocabulary import soft_labels
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import UserError
 from minilm_jax.jobs import distill
@@ -276,6 +277,7 @@ def test_eight_devices_train_the_same_student_as_one(config):
             {"student": StudentConfig(hidden_size=96, num_attention_heads=4, init="teacher")},
             "larger than the teacher's 48",
         ),
+        ({"objective": soft_labels()}, "has no mlm head, which this objective learns from"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(config, change, message):

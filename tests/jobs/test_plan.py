@@ -10,9 +10,11 @@ import pytest
 import tyro
 
 from minilm_jax.cli import load_experiment, parse
+from minilm_jax.distill.student import StudentConfig
+from minilm_jax.distill.vocabulary import soft_labels
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import plan
-from minilm_jax.jobs.distill_config import ChainConfig
+from minilm_jax.jobs.distill_config import ChainConfig, TeacherConfig
 from minilm_jax.jobs.plan import Memory, Plan, PlanConfig
 from minilm_jax.train import described
 from minilm_jax.train.described import parse_slice
@@ -107,6 +109,23 @@ def test_both_runs_of_a_chain_are_planned():
     # The second one's teacher is the first one's student.
     assert found[1].teacher_parameters <= found[0].student_parameters
     assert text.count("hardware    local") == 2
+
+
+def test_a_chain_is_planned_before_its_assistant_exists(tiny_teacher):
+    """The first one's teacher has no shape in the experiment: its weights are there to be read."""
+    config = experiment("minilm_v1/bert_base_3x384_assistant.py:smoke")
+    student = StudentConfig(num_hidden_layers=2, hidden_size=24, num_attention_heads=4)
+    teacher = TeacherConfig(source=str(tiny_teacher))
+    chain = dataclasses.replace(
+        config,
+        assistant=dataclasses.replace(config.assistant, teacher=teacher, student=student),
+        student=dataclasses.replace(config.student, student=student),
+    )
+    found, _ = planned(chain)
+    assert 0 < found[1].teacher_parameters <= found[0].student_parameters
+    last = dataclasses.replace(chain.student, objective=soft_labels())
+    with pytest.raises(ConfigError, match="has no mlm head, which this objective learns from"):
+        planned(dataclasses.replace(chain, student=last))
 
 
 def test_what_does_not_fit_comes_with_what_to_change(monkeypatch):
