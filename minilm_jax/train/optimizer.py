@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from minilm_jax.errors import ConfigError
-from minilm_jax.settings import Count, Rate, Settings, Weight
+from minilm_jax.settings import FINITE, Count, Rate, Settings, Weight, above
 from minilm_jax.train.state import Params, TrainState
 
 Decay = Literal["linear", "cosine", "constant"]
@@ -33,8 +33,9 @@ class OptimizerConfig(Settings, name="optimizer"):
     """Decay to 0 at the last step, after the warm-up."""
     b1: Rate = 0.9
     b2: Rate = 0.999
-    eps: Weight = 1e-6
-    """Adam's epsilon; 1e-6 as in BERT's code, both MiniLM papers are silent."""
+    eps: Annotated[float, above(0), FINITE] = 1e-6
+    """Adam's epsilon; 1e-6 as in BERT's code, both MiniLM papers are silent. With 0, a parameter
+    without a gradient would become 0/0."""
     weight_decay: Weight = 0.01
     """Decoupled; never on biases, LayerNorm scales and parameters the loss does not reach."""
     clip_norm: Weight = 1.0

@@ -60,7 +60,8 @@ def test_schedules_are_those_of_optax(decay, warmup_steps):
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ConfigError, match=r"warmup_steps=10 .* steps=5"):
         make_schedule(OptimizerConfig(warmup_steps=10), steps=5)
-    for wrong in ({"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"b1": 1.5}):
+    nan = float("nan")
+    for wrong in ({"learning_rate": -1.0}, {"learning_rate": nan}, {"b1": 1.5}, {"eps": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             OptimizerConfig(**wrong)
 
