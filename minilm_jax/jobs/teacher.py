@@ -106,8 +106,8 @@ def learn_tokenizer(config: DistillConfig, teacher: Model) -> Tokenizer:
     """Returns a vocabulary of the run's own text, for a teacher that is made up."""
     folder, size = config.output / "tokenizer", teacher.config.vocab_size
     if not folder.exists():
-        multilingual = teacher.config.model_type == "xlm-roberta"
-        learn = train_sentencepiece if multilingual else train_wordpiece
+        # PyTorch's RoBERTa and XLM-R find positions by the padding's id: it has to be the config's.
+        learn = train_sentencepiece if teacher.config.position_offset else train_wordpiece
         assert config.text.source is not None
         learn(
             itertools.islice(read_documents(config.text.source), 1000),

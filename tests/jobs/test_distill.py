@@ -18,6 +18,7 @@ import pytest
 
 from minilm_jax.cli import parse
 from minilm_jax.convert.folder import read_model, write_model
+from minilm_jax.convert.model import Model
 from minilm_jax.data.batches import BatchConfig
 from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource
@@ -35,6 +36,7 @@ from minilm_jax.jobs.distill_config import (
     TeacherConfig,
     TextConfig,
 )
+from minilm_jax.jobs.teacher import learn_tokenizer
 from minilm_jax.signals import Stopped
 from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
@@ -220,6 +222,23 @@ def test_a_made_up_teacher_needs_text_and_enough_of_it(config, tmp_path):
     large = dataclasses.replace(teacher, shape=dataclasses.replace(shape, vocab_size=20_000))
     with pytest.raises(UserError, match=r"too small to learn .* 20,000 .* --teacher.shape.vocab-s"):
         run(dataclasses.replace(config, teacher=large))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "distilbert"])
+def test_a_made_up_teachers_vocabulary_pads_with_its_configs_id(config, family):
+    """Else PyTorch, which finds RoBERTa's positions by that id, computes something else."""
+    offset = 2 if "roberta" in family else 0
+    shape = dataclasses.replace(
+        read_model(config.teacher.source).config,
+        model_type=family,
+        vocab_size=50 if offset else 100,
+        position_offset=offset,
+        pad_token_id=max(offset - 1, 0),
+    )
+    teacher = TeacherConfig(source="random", init="random", shape=shape)
+    config = dataclasses.replace(config, teacher=teacher)
+    tokenizer = learn_tokenizer(config, Model(config=shape, params={}))
+    assert tokenizer.pad_id == shape.pad_token_id
 
 
 def test_a_signal_while_the_teacher_is_read_is_a_stop_too(config, monkeypatch):
