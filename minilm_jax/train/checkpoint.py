@@ -157,7 +157,10 @@ class Checkpoints:
         self.wait()
         step = self._manager.best_step()
         if step is None:
-            raise CheckpointError(f"{self.folder} holds no checkpoint with a held-out loss")
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint with a held-out loss; "
+                "--train.export last --override train.export exports the last one"
+            )
         damage = self._damage(step)
         if damage:
             raise CheckpointError(
