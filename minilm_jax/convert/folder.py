@@ -70,9 +70,10 @@ def read_model(
         refuse_adapter(path)
     folder = path if path.is_dir() else path.parent
     config_file = _find_config(path)
+    # Before the config is read: the folder of a run has one too, which says no shape.
+    weights_file = find_weights(path) if path.is_dir() else path
     hf_config = read_json(config_file)
     config = from_hf_config(hf_config, name=str(config_file))
-    weights_file = find_weights(path) if path.is_dir() else path
     with open_weights(weights_file, sha256=sha256) as weights:
         reading = match_names(
             weights.shapes,

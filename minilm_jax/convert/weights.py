@@ -78,8 +78,11 @@ def instead(folder: Path) -> str:
         if (folder / form).exists():
             return f"; {form} is {way_out}"
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    # A sweep's folder has them one deeper, in its runs.
+    places = [f"{deep}/{name}" for deep in ("[!.]*", "[!.]*/[!.]*") for name in WEIGHT_FILES]
+    holders = {file.parent for place in places for file in folder.glob(place)}
     for kind, found in (
-        ("folders", [p.name for p in inside if any((p / name).exists() for name in WEIGHT_FILES)]),
+        ("folders", sorted(str(holder.relative_to(folder)) for holder in holders)),
         ("files", [p.name for p in inside if p.suffix in _SUFFIXES and not _BESIDE.match(p.name)]),
     ):
         if found:

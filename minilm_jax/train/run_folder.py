@@ -57,7 +57,7 @@ def open_run(
         except OSError:
             raise ConfigError(f"output {folder} is in use by another process") from None
         if (folder / RESULT).exists():
-            _refuse_to_change_the_past(folder, config)
+            _compare(folder / CONFIG, config, override=())  # no override makes it another
         else:
             settle(folder / CONFIG, config, override=override)
             _note_versions(folder / VERSIONS)
@@ -75,17 +75,6 @@ def check_run(folder: Path, config: Mapping[str, Any], *, override: tuple[str, .
             "choose another --output"
         )
     _compare(folder / CONFIG, config, override=override)
-
-
-def _refuse_to_change_the_past(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a finished run was another: no override makes it this one."""
-    changed = _changes(folder / CONFIG, config)
-    if changed:
-        raise ConfigError(
-            f"{folder} is finished, with other settings; choose another --output, or remove its "
-            f"{RESULT} to go on from the last checkpoint with these:\n  "
-            + "\n  ".join(line for _, line in changed)
-        )
 
 
 def _note_versions(path: Path) -> None:
@@ -131,12 +120,19 @@ def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...])
         for name, line in _changes(path, value)
         if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in override)
     ]
-    if changed:
-        accepted = f" ({', '.join(override)} does not name all)" if override else ""
-        raise ConfigError(
-            f"{path} was written by a run that differs from this one; choose another --output, "
-            f"or accept a change with --override NAME{accepted}:\n  " + "\n  ".join(changed)
+    if not changed:
+        return
+    accepted = f" ({', '.join(override)} does not name all)" if override else ""
+    said = (
+        f"{path} was written by a run that differs from this one; choose another --output, or "
+        f"accept a change with --override NAME{accepted}"
+    )
+    if (path.parent / RESULT).exists():
+        said = (
+            f"{path.parent} is finished, with other settings; choose another --output, or remove "
+            f"its {RESULT} to go on from the last checkpoint with these"
         )
+    raise ConfigError(f"{said}:\n  " + "\n  ".join(changed))
 
 
 def _changes(path: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -448,6 +448,14 @@ def _(folder):
         (folder / name).rename(folder / "checkpoint-500" / name)
 
 
+@bad(30, "a run's folder, whose config is the run's", "holds none of .* folders instead: best$")
+def _(folder):
+    (folder / "best").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(folder / "best" / name)
+    (folder / "config.json").write_text('{"task": "rte", "model": "m"}')
+
+
 _LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 bad(18, "Git LFS pointer for a config", "config.json holds not what .* Git LFS pointer")(
     lambda f: (f / "config.json").write_bytes(_LFS)
