@@ -8,7 +8,7 @@ that is none would be taken for another.
 import dataclasses
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import (
     Annotated,
@@ -79,6 +79,19 @@ class Settings:
         fields: Any = self  # a dataclass, as every subclass is
         for field in dataclasses.fields(fields):
             check(self._name + field.name, getattr(self, field.name), declared[field.name])
+
+
+def check_distinct(name: str, values: Sequence[Any], *, each: str = "") -> None:
+    """Raises ConfigError where a value stands twice.
+
+    Args:
+      name: of the setting, for the sentence.
+      values: what it was given.
+      each: what one value stands for, where the name does not tell.
+    """
+    if len(set(values)) < len(values):
+        shown = ", ".join(map(str, values))
+        raise ConfigError(f"{name} has a value twice ({shown}); {each}give each once")
 
 
 def check(name: str, value: Any, declared: Any) -> None:

@@ -12,7 +12,7 @@ from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.evaluator import Evaluator, describe_scores, report_skips
 from minilm_jax.jobs.results import PREDICTIONS, RESULTS, TABLES, result_rows, write_tables
 from minilm_jax.jobs.trained_model import check_length, load, model_labels
-from minilm_jax.settings import Count, Settings
+from minilm_jax.settings import Count, Settings, check_distinct
 from minilm_jax.signals import stoppable
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig
@@ -54,6 +54,11 @@ class EvaluateConfig(Settings):
     """pmap: data parallel. mesh: jit over the devices."""
     limit: Count = 0
     """Examples of each part at most, to try things; 0 is all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_distinct("splits", self.splits)
+        check_distinct("languages", self.languages)
 
 
 @stoppable()

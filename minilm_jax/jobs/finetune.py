@@ -1,6 +1,7 @@
 """The fine-tuning job: a distilled model and a task in; the best checkpoint and its scores out."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +26,15 @@ from minilm_jax.jobs.running import (
     train,
     write_result,
 )
-from minilm_jax.jobs.sweep import sweep, sweep_runs
+from minilm_jax.jobs.sweep import Runs, check_folder, sweep, sweep_runs
 from minilm_jax.jobs.trained_model import load
 from minilm_jax.signals import stoppable
 from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.hardware import memory_explained
-from minilm_jax.train.hosts import wait_for_all, writes
+from minilm_jax.train.hosts import fail_together, wait_for_all, writes
 from minilm_jax.train.loop import Evaluation
-from minilm_jax.train.optimizer import evaluated_params, make_schedule
-from minilm_jax.train.run_folder import BEST, RESULT, read_json, write_json
+from minilm_jax.train.optimizer import Schedule, evaluated_params, make_schedule
+from minilm_jax.train.run_folder import BEST, RESULT, check_run, read_json, write_json
 from minilm_jax.train.state import TrainState, create_state
 from minilm_jax.train.step import make_given
 
@@ -55,13 +56,51 @@ def run(
         inputs = Inputs(config)
         if runs is None:
             return _run(config, inputs, say, began=began)
+        _check_sweep(config, runs, inputs)
         return sweep(config, runs, lambda one: _run(one, inputs, say), say=say)
+
+
+def _check_sweep(config: FinetuneConfig, runs: Runs, inputs: Inputs) -> None:
+    """Raises ConfigError where a run of a sweep would be refused: the last as soon as the first."""
+    configs = list(itertools.chain(*runs.values()))
+    with fail_together():
+        if writes():
+            check_folder(config.output)
+            for one in configs:
+                check_run(one.output, _described(one, inputs), override=one.override)
+    for one in configs:
+        if not (one.output / RESULT).exists():
+            _plan(one, inputs)
+
+
+def _described(config: FinetuneConfig, inputs: Inputs) -> dict[str, Any]:
+    return describe(config, model=inputs.source.fingerprint, data=inputs.digests)
+
+
+def _plan(config: FinetuneConfig, inputs: Inputs) -> tuple[TrainConfig, Schedule]:
+    """Returns how long a run trains, when it evaluates, and its learning rate.
+
+    Raises:
+      ConfigError: warm-up or profile do not fit into the steps.
+    """
+    an_epoch = inputs.batches.steps_an_epoch
+    steps = config.schedule.max_steps or config.schedule.epochs * an_epoch
+    optimizer = config.optimizer
+    if config.schedule.warmup_ratio:
+        # Of very few steps, at least the last is none of warm-up.
+        warmup = min(round(config.schedule.warmup_ratio * steps), steps - 1)
+        optimizer = dataclasses.replace(optimizer, warmup_steps=warmup)
+    every = config.schedule.evaluate_every or an_epoch
+    return (
+        TrainConfig(**vars(config.train), steps=steps, evaluate_every=every),
+        make_schedule(optimizer, steps=steps),
+    )
 
 
 def _run(
     config: FinetuneConfig, inputs: Inputs, say: Say, *, began: float | None = None
 ) -> FinetuneResult:
-    described = describe(config, model=inputs.source.fingerprint, data=inputs.digests)
+    described = _described(config, inputs)
     if (config.output / RESULT).exists():
         with own_folder(config.output, described, override=config.override):
             result = FinetuneResult(**read_json(config.output / RESULT))
@@ -105,15 +144,7 @@ class _Training:
         self.described, self.began, self.say = described, began, say
         self.records: list[dict[str, Any]] = []
         self.model = start_model(config, inputs.task, inputs.source, inputs.labels)
-        schedule, an_epoch = config.schedule, inputs.batches.steps_an_epoch
-        self.steps = schedule.max_steps or schedule.epochs * an_epoch
-        self.every = schedule.evaluate_every or an_epoch
-        optimizer = config.optimizer
-        if schedule.warmup_ratio:
-            # Of very few steps, at least the last is none of warm-up.
-            warmup = min(round(schedule.warmup_ratio * self.steps), self.steps - 1)
-            optimizer = dataclasses.replace(optimizer, warmup_steps=warmup)
-        self.schedule = make_schedule(optimizer, steps=self.steps)
+        self.train, self.schedule = _plan(config, inputs)
 
     def run(self) -> dict[str, Any]:
         """Returns the best evaluation's record, after what is left of the training."""
@@ -132,9 +163,7 @@ class _Training:
                     devices.place(given),
                     self._batch,
                     output=output,
-                    config=TrainConfig(
-                        **vars(self.config.train), steps=self.steps, evaluate_every=self.every
-                    ),
+                    config=self.train,
                     described=self.described,
                     devices=devices,
                     checkpoints=checkpoints,
@@ -155,7 +184,7 @@ class _Training:
         selections = [record["selection"] for record in self.records]
         waited = len(selections) - 1 - selections.index(max(selections))
         patience = self.config.schedule.patience
-        return self.records[-1]["step"] >= self.steps or bool(patience and waited >= patience)
+        return self.records[-1]["step"] >= self.train.steps or bool(patience and waited >= patience)
 
     def _evaluate(self, state: TrainState) -> Evaluation:
         """Returns whether the run ends here, after scoring and recording what the state is worth.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError
-from minilm_jax.settings import Count, Positive, Rate, Settings, Weight
+from minilm_jax.settings import Count, Positive, Rate, Settings, Weight, check_distinct
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, Part, TaskData, TaskName, all_languages
@@ -45,11 +45,7 @@ class SweepConfig(Settings, name="sweep"):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, values in vars(self).items():
-            if len(set(values)) < len(values):
-                raise ConfigError(
-                    f"sweep.{name} has a value twice ({', '.join(map(str, values))}); each is one "
-                    "run: give it once"
-                )
+            check_distinct(f"sweep.{name}", values, each="each is one run: ")
 
     @property
     def given(self) -> bool:
@@ -96,6 +92,16 @@ class FinetuneConfig(Settings):
     """Examples of each part at most, to try things; 0 is all."""
     override: tuple[str, ...] = ()
     """Dotted names of settings that may differ from the run that is resumed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_distinct("train_languages", self.train_languages)
+        check_distinct("select_languages", self.select_languages)
+        if self.sweep.epochs and self.schedule.max_steps:
+            raise ConfigError(
+                f"sweep.epochs changes nothing beside schedule.max_steps={self.schedule.max_steps},"
+                " which ends every run; leave one of them out (--schedule.max-steps 0)"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

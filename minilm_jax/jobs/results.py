@@ -15,7 +15,7 @@ from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.jobs.evaluator import PartResult
 from minilm_jax.tasks.catalog import Task
-from minilm_jax.tasks.tables import ResultRow, append_rows, read_rows, tables
+from minilm_jax.tasks.tables import ResultRow, read_rows, tables, write_rows
 from minilm_jax.train.run_folder import jsonable
 
 RESULTS, TABLES, PREDICTIONS = "results.csv", "tables.md", "predictions"
@@ -63,12 +63,13 @@ def result_rows(
 
 
 def write_results(folder: Path, rows: Sequence[ResultRow]) -> None:
-    """Writes results.csv and tables.md of these rows alone.
+    """Writes results.csv and tables.md of a fine-tuning's rows, and of what `evaluate` added.
 
     A start that was cut off here has written none or all of them.
     """
-    (folder / RESULTS).unlink(missing_ok=True)
-    append_rows(folder / RESULTS, rows)
+    file = folder / RESULTS
+    added = [row for row in read_rows(file) if not row.seed] if file.exists() else []
+    write_rows(file, [*rows, *added])
     write_tables(folder)
 
 

@@ -5,18 +5,35 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.finetune_config import FinetuneConfig, FinetuneResult, SweepConfig
 from minilm_jax.jobs.results import RESULTS, write_results
 from minilm_jax.jobs.running import Say
 from minilm_jax.tasks.catalog import TASKS
 from minilm_jax.tasks.tables import ResultRow, mean_and_deviation, read_rows
 from minilm_jax.train.hosts import writes
-from minilm_jax.train.run_folder import write_json
+from minilm_jax.train.run_folder import CONFIG, write_json
 
 Runs = dict[tuple[float, int], list[FinetuneConfig]]
 """By learning rate and epochs, one a seed."""
+SWEEP = "sweep.json"
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError where a folder holds something else than a sweep, which writes there."""
+    if (folder / CONFIG).exists():
+        raise ConfigError(
+            f"output {folder} is a run by itself, whose tables those of a sweep would replace; "
+            "choose another --output"
+        )
+    ours = (folder / SWEEP).exists() or any(folder.glob(f"{_name('*', '*', '*')}/{CONFIG}"))
+    if folder.is_dir() and not ours and any(folder.iterdir()):
+        raise ConfigError(
+            f"output {folder} is not empty and holds no run of a sweep: choose another --output"
+        )
 
 
 def sweep(
@@ -63,7 +80,7 @@ def sweep(
         results += found
     best = max(settings, key=lambda setting: setting["mean"])
     if writes():
-        write_json(config.output / "sweep.json", {"settings": settings, "best": best})
+        write_json(config.output / SWEEP, {"settings": settings, "best": best})
         write_results(config.output, rows)
     metric = TASKS[config.task].metrics[0]
     seconds = time.monotonic() - began
@@ -87,7 +104,7 @@ def sweep_runs(config: FinetuneConfig) -> Runs:
             dataclasses.replace(
                 config,
                 # Every digit of the rate: what is close by is still another run.
-                output=config.output / f"lr{rate}-epochs{passes}-seed{seed}",
+                output=config.output / _name(rate, passes, seed),
                 name=f"{name} lr {rate}, {passes} epochs",
                 optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
                 schedule=dataclasses.replace(config.schedule, epochs=passes),
@@ -98,3 +115,7 @@ def sweep_runs(config: FinetuneConfig) -> Runs:
         ]
         for rate, passes in itertools.product(rates, epochs)
     }
+
+
+def _name(rate: float | str, passes: int | str, seed: int | str) -> str:
+    return f"lr{rate}-epochs{passes}-seed{seed}"

@@ -35,15 +35,19 @@ class Task:
     """The first one selects checkpoints."""
     languages: tuple[str, ...] = ("en",)
     """The first one is trained and selected on where nothing else is said; "" of own data."""
+    trains_on: tuple[str, ...] = ()
+    """Languages that there is a training set in, where that is not all of them."""
     no_answer: Literal["possible", "impossible"] = "impossible"
     """Whether a question may have no answer."""
 
 
 def _task(name: TaskName) -> Task:
     match name:
-        case "squad1" | "mlqa":
-            languages = MLQA_LANGUAGES if name == "mlqa" else ("en",)
-            return Task(name=name, kind="span", metrics=("f1", "exact"), languages=languages)
+        case "squad1":
+            return Task(name=name, kind="span", metrics=("f1", "exact"))
+        case "mlqa":
+            # Its training set is SQuAD's.
+            return replace(_task("squad1"), name=name, languages=MLQA_LANGUAGES, trains_on=("en",))
         case "squad2":
             return Task(name=name, kind="span", metrics=("f1", "exact"), no_answer="possible")
         case "xnli":
@@ -235,9 +239,13 @@ def _own(task: TaskName, data: TaskData, part: Part) -> Path:
 
 
 def _check_language(task: TaskName, part: Part) -> None:
-    known = TASKS[task].languages
+    known, of = TASKS[task].languages, ""
+    if part.split == "train" and TASKS[task].trains_on:
+        known, of = TASKS[task].trains_on, " to train on"
     if task not in ("texts", "questions") and part.language not in known:
-        raise ConfigError(f"{task} has no language {part.language!r}; it has {', '.join(known)}")
+        raise ConfigError(
+            f"{task} has no language {part.language!r}{of}; it has {', '.join(known)}"
+        )
 
 
 def _one_of(task: str, split: str, splits: tuple[Split, ...]) -> Split:

@@ -1,6 +1,7 @@
 """Results as rows of a CSV file, and as Markdown tables laid out like the papers'."""
 
 import csv
+import io
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from minilm_jax.atomic import write_atomically
 from minilm_jax.errors import DataError
 from minilm_jax.tasks import published
 from minilm_jax.tasks.languages import MLQA_LANGUAGES, XNLI_LANGUAGES
@@ -58,10 +60,22 @@ def append_rows(path: Path, rows: Sequence[ResultRow]) -> None:
     if not new:
         read_rows(path)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        file.write(_as_csv(rows, header=new))
+
+
+def write_rows(path: Path, rows: Sequence[ResultRow]) -> None:
+    """Writes a CSV file of these rows alone; a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _as_csv(rows, header=True))
+
+
+def _as_csv(rows: Sequence[ResultRow], *, header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _COLUMNS)
+    if header:
+        writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
 
 
 def read_rows(path: Path) -> list[ResultRow]:

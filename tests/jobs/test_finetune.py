@@ -389,7 +389,7 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_pat
         (tmp_path / "cut" / name).unlink()
     rest = finetune.run(config, say=quiet)
     assert (rest.best_step, rest.steps) == (6, 6)
-    with pytest.raises(ConfigError, match=r"differs from this one(.|\n)*learning_rate"):
+    with pytest.raises(ConfigError, match=r"is finished, with other settings(.|\n)*learning_rate"):
         changed = dataclasses.replace(FAST, learning_rate=1e-5)
         finetune.run(dataclasses.replace(config, optimizer=changed), say=quiet)
 
@@ -656,6 +656,8 @@ def test_what_cannot_work_is_said_before_the_first_step(official, bert, tmp_path
         ({"train_languages": ("de",)}, ConfigError, "sst2 has no language 'de'"),
         ({"task": "texts"}, ConfigError, "needs a file for split 'train'"),
         ({"optimizer": OptimizerConfig(warmup_steps=9)}, ConfigError, "warmup_steps=9 must be"),
+        ({"train": EngineConfig(profile=(9, 1))}, ConfigError, "profile begins at step 9, and the"),
+        ({"task": "mlqa", "train_languages": ("de",)}, ConfigError, "no language 'de' to train on"),
     ]:
         data = tmp_path if "task" in changes and changes["task"] == "squad1" else official
         wrong = dataclasses.replace(config, **{"data": TaskData(folder=data), **changes})
@@ -672,6 +674,69 @@ def test_what_cannot_work_is_said_before_the_first_step(official, bert, tmp_path
             ScheduleConfig(**wrong)
     with pytest.raises(ConfigError, match="limit must be at least 0, got -1"):
         dataclasses.replace(config, limit=-1)
+    for name in ("train_languages", "select_languages"):
+        with pytest.raises(ConfigError, match=rf"{name} has a value twice \(en, en\); give each"):
+            dataclasses.replace(config, **{name: ("en", "en")})
+    for name in ("splits", "languages"):
+        with pytest.raises(ConfigError, match=rf"{name} has a value twice \(dev, dev\); give each"):
+            EvaluateConfig(
+                task="rte", models=("m",), data=config.data, output=tmp_path, **{name: ("dev",) * 2}
+            )
+    with pytest.raises(ConfigError, match=r"sweep\.epochs changes nothing beside .*max_steps=2"):
+        dataclasses.replace(config, sweep=SweepConfig(epochs=(1, 2)))
+
+
+def test_no_run_of_a_sweep_begins_where_another_would_be_refused(official, bert, tmp_path):
+    def start(name, sweep, **changes):
+        config = make("rte", bert, official, tmp_path / name, sweep=sweep, **changes)
+        finetune.run(config, say=quiet)
+
+    late = {"schedule": ScheduleConfig(), "optimizer": OptimizerConfig(warmup_steps=3)}
+    with pytest.raises(ConfigError, match=r"warmup_steps=3 must be below the run's steps=2"):
+        start("late", SweepConfig(epochs=(2, 1)), **late)
+    assert not (tmp_path / "late").exists()
+    other = tmp_path / "other/lr0.003-epochs3-seed2"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text('{"task": "sst2"}')
+    (other / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r'seed2/config.json was written .*\n  task: "sst2" -> '):
+        start("other", SweepConfig(seeds=(1, 2)))
+    assert not (tmp_path / "other/lr0.003-epochs3-seed1").exists()
+
+
+def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
+    seeds = SweepConfig(seeds=(1, 2))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.csv").write_text("a,b\n")
+    for name, said in (("config.json", "is a run by itself"), ("notes", "holds no run of a sweep")):
+        (folder / name).write_text("{}")
+        with pytest.raises(ConfigError, match=rf"output .*run {said}|is not empty and {said}"):
+            finetune.run(make("rte", bert, official, folder, sweep=seeds), say=quiet)
+        assert {path.name for path in folder.iterdir()} == {name, "results.csv"}
+        (folder / name).unlink()
+    # What was evaluated into the sweep's own folder stays when the sweep goes on.
+    sweep = make("rte", bert, official, tmp_path / "sweep", sweep=seeds)
+    first, _ = finetune.run(sweep, say=quiet)
+    (added,) = evaluate.run(
+        EvaluateConfig(
+            task="rte",
+            models=(first.model,),
+            data=TaskData(folder=official),
+            output=sweep.output,
+            name="mine",
+            lengths=LENGTHS,
+            batch=RowConfig(batch_size=8),
+        ),
+        say=quiet,
+    )
+    finetune.run(dataclasses.replace(sweep, sweep=SweepConfig(seeds=(1, 2, 3))), say=quiet)
+    rows = read_rows(sweep.output / "results.csv")
+    assert [row.seed for row in rows] == ["1", "2", "3", ""] and rows[-1] == added
+    assert "| mine | rte |" in (sweep.output / "tables.md").read_text()
+    # The folder itself is no model, and what is one in it is named.
+    with pytest.raises(CheckpointError, match=r"name one of its folders instead: lr0.*seed1/best"):
+        trained_model.load(str(sweep.output))
 
 
 def test_a_model_is_not_scored_on_classes_it_does_not_name(official, bert, tmp_path):
