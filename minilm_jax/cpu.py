@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 from minilm_jax.rows import (
     first_element,
     fixed_shape,
-    mesh_platform,
     of_one_device,
+    traced_platform,
     zeros_like_any,
 )
 
@@ -22,7 +22,7 @@ def on_cpu(x: Array) -> bool:
 
     Not where its shape has symbols: then the program is exported, to run elsewhere.
     """
-    return (mesh_platform() or jax.default_backend()) == "cpu" and fixed_shape(x)
+    return traced_platform() == "cpu" and fixed_shape(x)
 
 
 def on_one_cpu(x: Array) -> bool:

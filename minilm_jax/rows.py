@@ -33,6 +33,11 @@ def mesh_platform() -> str | None:
     return None if device is None else str(device.platform)
 
 
+def traced_platform() -> str:
+    """Returns the platform of the arrays being traced: cpu, gpu or tpu."""
+    return mesh_platform() or jax.default_backend()
+
+
 def fixed_shape(x: Array) -> bool:
     """Returns whether the shape is of numbers; that of an exported program may have symbols."""
     return all(isinstance(size, int) for size in x.shape)

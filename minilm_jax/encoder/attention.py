@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minilm_jax.cpu import on_one_cpu
 from minilm_jax.encoder.config import Attention, EncoderConfig
 from minilm_jax.encoder.dense import Dense, affine
 from minilm_jax.encoder.dot_product import dot_product_attention
 from minilm_jax.encoder.dropout import row_words
+from minilm_jax.rows import traced_platform
 
 
 class Projections(NamedTuple):
@@ -46,10 +46,10 @@ class SelfAttention(nn.Module):
         """Returns queries, keys and values with heads merged."""
         width, layers = hidden.shape[-1], (self.query, self.key, self.value)
         parameters = [layer.parameters(width) for layer in layers]
-        if on_one_cpu(hidden):
+        if traced_platform() != "gpu":
             return Projections(*(affine(hidden, *part, dtype=self.dtype) for part in parameters))
         # One product three times as wide reads its input once. A CPU gains less by it than it takes
-        # to put the kernels side by side.
+        # to put the kernels side by side, a TPU less than to cut what attention's kernels read.
         kernel, bias = (jnp.concatenate(part, axis=-1) for part in zip(*parameters, strict=True))
         projected = affine(hidden, kernel, bias, dtype=self.dtype)
         return Projections(*jnp.split(projected, 3, axis=-1))

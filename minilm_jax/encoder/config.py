@@ -79,5 +79,5 @@ class Compute(Settings, name="compute"):
     remat: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
     attention: Attention = "auto"
-    """plain: XLA's operations alone. auto: kernels on NVIDIA GPUs (Ampere and later) and, in fp32,
-    on CPUs."""
+    """plain: XLA's operations alone. auto: kernels on TPUs in bfloat16, on NVIDIA GPUs (Ampere and
+    later), and on CPUs in float32."""

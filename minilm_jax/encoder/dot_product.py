@@ -1,8 +1,8 @@
 """Dot-product attention whose gradient keeps no L × L array.
 
 Every such array is computed again from queries, keys and one number a row, as FlashAttention does
-(Dao et al., arXiv 2205.14135), so that a layer's activations are O(L·D). NVIDIA GPUs and, in fp32,
-CPUs take the kernels of dot_product_gpu.py and dot_product_cpu.py, where no L × L array is ever
+(Dao et al., arXiv 2205.14135), so that a layer's activations are O(L·D). TPUs in bf16, NVIDIA GPUs
+and CPUs in fp32 have kernels (dot_product_tpu.py, _gpu.py, _cpu.py), where no L × L array is ever
 written. Without them a CPU computes a few heads at a time, to bound memory; an accelerator gets all
 of them at once.
 
@@ -22,6 +22,7 @@ from minilm_jax.cpu import not_before
 from minilm_jax.encoder.config import Attention
 from minilm_jax.encoder.dot_product_cpu import cpu_backward, cpu_forward
 from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
+from minilm_jax.encoder.dot_product_tpu import fits_tpu, tpu_backward, tpu_forward
 from minilm_jax.encoder.dropout import kept
 from minilm_jax.kernels import fill_up_head, fits_gpu, kernels_can_run
 from minilm_jax.rows import fixed_shape, map_over_rows, mesh_platform, vary_like
@@ -39,7 +40,7 @@ class _Residuals(NamedTuple):
     key: Float[Array, "B L D"]
     value: Float[Array, "B L D"]
     mixed: Float[Array, "B L D"]
-    log_total: Float[Array, "B H L"]
+    logsumexp: Float[Array, "B H L"]
     """Logarithm of the sum of the exponentials of a row's logits."""
     segments: Int[Array, "B L"]
     words: UInt32[Array, "B 2"]
@@ -76,15 +77,14 @@ def dot_product_attention(
       heads: H; divides D.
       dropout_rate: share of the probabilities that is dropped.
       words: two random words for each row (`row_words`), which choose them; None drops nothing.
-      implementation: `plain` is made of XLA's operations. `auto` takes the kernels of
-        dot_product_gpu.py on NVIDIA GPUs where they suit the shape and those of dot_product_cpu.py
-        for fp32 on CPUs, else the plain one.
+      implementation: `plain` is made of XLA's operations. `auto` takes the platform's kernels where
+        they suit the shape and the dtype, else the plain one.
     """
     if words is None:
         dropout_rate, words = 0.0, jnp.zeros((query.shape[0], 2), jnp.uint32)
     settings = _Settings(heads, dropout_rate, implementation)
     arrays = (query, key, value, segments, words)
-    if implementation == "auto" and mesh_platform() in ("cpu", "gpu"):
+    if implementation == "auto" and mesh_platform() is not None:
         return map_over_rows(lambda rows: _attend(settings, *rows), arrays)
     return _attend(settings, *arrays)
 
@@ -100,9 +100,9 @@ def _forward(
     settings: _Settings, query: Array, key: Array, value: Array, segments: Array, words: Array
 ) -> tuple[Array, _Residuals]:
     arrays = (query, key, value, segments, words)
-    kernels = {"cpu": cpu_forward, "cuda": gpu_forward}
-    mixed, log_total = _implemented(settings, _plain_forward, kernels, arrays)
-    return mixed, _Residuals(query, key, value, mixed, log_total, segments, words)
+    kernels = {"cpu": cpu_forward, "cuda": gpu_forward, "tpu": tpu_forward}
+    mixed, logsumexp = _implemented(settings, _plain_forward, kernels, arrays)
+    return mixed, _Residuals(query, key, value, mixed, logsumexp, segments, words)
 
 
 def _backward(
@@ -111,7 +111,7 @@ def _backward(
     # The mixed values are kept as they are in any case, as the output layer's input.
     late = not_before(cotangent, residuals)._replace(mixed=residuals.mixed)
     arrays = (cotangent, *late)
-    kernels = {"cpu": cpu_backward, "cuda": gpu_backward}
+    kernels = {"cpu": cpu_backward, "cuda": gpu_backward, "tpu": tpu_backward}
     of_query, of_key, of_value = _implemented(settings, _plain_backward, kernels, arrays)
     return of_query, of_key, of_value, None, None
 
@@ -144,11 +144,17 @@ def _implemented(
 def _suits(platform: str, x: Float[Array, "B L D"], heads: int) -> bool:
     """Returns whether a platform's kernels suit the shape, and can run here."""
     _, length, width = x.shape
-    if platform == "cpu":
-        return x.dtype == jnp.float32 and kernels_can_run("cpu") and native.load("attention")
     head = width // heads
-    fits = fill_up_head(head) == head and fits_gpu(length=length, head=head, dtype=x.dtype)
-    return fits and kernels_can_run("gpu")
+    match platform:
+        case "tpu":
+            fits = fits_tpu(length=length, heads=heads, head=head, dtype=x.dtype)
+            return fits and kernels_can_run("tpu")
+        case "cuda":
+            fits = fits_gpu(length=length, head=head, dtype=x.dtype)
+            return fits and fill_up_head(head) == head and kernels_can_run("gpu")
+        case _:
+            fits = x.dtype == jnp.float32
+            return fits and kernels_can_run("cpu") and native.load("attention")
 
 
 def _plain_forward(
@@ -165,14 +171,14 @@ def _plain_forward(
     rows = _Rows(segments, words, rate)
     totals = jnp.zeros((*query.shape[:2], heads), jnp.float32)
     totals = vary_like(totals, like=(query, key, value, segments, words))
-    mixed, log_total = _replace_heads(
+    mixed, logsumexp = _replace_heads(
         partial(_forward_heads, rows=rows),
         (query, totals),
         (key, value),
         heads=heads,
         elements=FORWARD_ELEMENTS,
     )
-    return mixed, log_total.swapaxes(1, 2)
+    return mixed, logsumexp.swapaxes(1, 2)
 
 
 def _plain_backward(
@@ -181,7 +187,7 @@ def _plain_backward(
     key: Array,
     value: Array,
     mixed: Array,
-    log_total: Array,
+    logsumexp: Array,
     segments: Array,
     words: Array,
     *,
@@ -192,11 +198,11 @@ def _plain_backward(
     rows = _Rows(segments, words, rate)
     # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
     products = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
-    shared = products.reshape(*mixed.shape[:2], heads, mixed.shape[-1] // heads).sum(axis=-1)
+    delta = products.reshape(*mixed.shape[:2], heads, mixed.shape[-1] // heads).sum(axis=-1)
     of_query, of_key, of_value = _replace_heads(
         partial(_backward_heads, rows=rows),
         (query, key, cotangent),
-        (value, log_total.swapaxes(1, 2), shared),
+        (value, logsumexp.swapaxes(1, 2), delta),
         heads=heads,
         elements=BACKWARD_ELEMENTS,
     )
@@ -246,21 +252,21 @@ def _backward_heads(
     key: Float[Array, "B h L K"],
     cotangent: Float[Array, "B h L K"],
     value: Float[Array, "B h L K"],
-    log_total: Float[Array, "B h L 1"],
-    shared: Float[Array, "B h L 1"],
+    logsumexp: Float[Array, "B h L 1"],
+    delta: Float[Array, "B h L 1"],
     *,
     rows: _Rows,
 ) -> tuple[Float[Array, "B h L K"], Float[Array, "B h L K"], Float[Array, "B h L K"]]:
     """Returns the gradients of some heads' queries, keys and values."""
     dtype = query.dtype
     logits = _logits(query, key)
-    probabilities = jnp.where(rows.allowed(), jnp.exp(logits - log_total), 0.0)
+    probabilities = jnp.where(rows.allowed(), jnp.exp(logits - logsumexp), 0.0)
     slopes = _product("bhqk,bhkl->bhql", cotangent, _transpose(value))
     dropped = probabilities
     if rows.rate:
         factor = jnp.where(rows.kept(first, logits.shape), 1 / (1 - rows.rate), 0.0)
         dropped, slopes = probabilities * factor, slopes * factor
-    of_logits = (probabilities * (slopes - shared)).astype(dtype)
+    of_logits = (probabilities * (slopes - delta)).astype(dtype)
     # With keys last, as in the logits, no product has to transpose an L x L array.
     of_query = _product("bhql,bhlk->bhqk", of_logits, key)
     of_key = _product("bhkq,bhql->bhkl", _transpose(query), of_logits)

@@ -19,14 +19,14 @@ def cpu_forward(
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B H L"]]:
     """Returns the mixed values and the logarithm of each row's total of exponentials."""
     batch, length, _ = query.shape
-    mixed, log_total = native.call(
+    mixed, logsumexp = native.call(
         "AttentionForward",
         *(query, key, value, segments.astype(jnp.int32), words),
         outputs=[query.shape, (batch, heads, length)],
         heads=np.int64(heads),
         rate=np.float64(rate),
     )
-    return mixed, log_total
+    return mixed, logsumexp
 
 
 def cpu_backward(
@@ -35,7 +35,7 @@ def cpu_backward(
     key: Float[Array, "B L D"],
     value: Float[Array, "B L D"],
     mixed: Float[Array, "B L D"],
-    log_total: Float[Array, "B H L"],
+    logsumexp: Float[Array, "B H L"],
     segments: Int[Array, "B L"],
     words: UInt32[Array, "B 2"],
     *,
@@ -45,7 +45,7 @@ def cpu_backward(
     """Returns the gradients of queries, keys and values."""
     of_query, of_key, of_value = native.call(
         "AttentionBackward",
-        *(cotangent, query, key, value, mixed, log_total, segments.astype(jnp.int32), words),
+        *(cotangent, query, key, value, mixed, logsumexp, segments.astype(jnp.int32), words),
         outputs=[query.shape] * 3,
         heads=np.int64(heads),
         rate=np.float64(rate),

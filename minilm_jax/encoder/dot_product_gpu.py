@@ -69,8 +69,8 @@ class _OfRows(NamedTuple):
     """What the gradients read beside it."""
 
     cotangent: Any  # q K
-    log_total: Any  # q
-    shared: Any  # q
+    logsumexp: Any  # q
+    delta: Any  # q
 
 
 def gpu_forward(
@@ -92,7 +92,7 @@ def gpu_forward(
     # Two tiles of rows, where they come out even, make twice the use of the keys that are read.
     block = 2 * TILE if problem.tiles % 2 == 0 else TILE
     own, every = Side(query.shape[1], block), Side(query.shape[1])
-    mixed, log_total = run_on_gpu(
+    mixed, logsumexp = run_on_gpu(
         partial(_forward, problem),
         _inputs(problem, query, key, value, segments, words, rows=own, keys=every),
         [
@@ -103,7 +103,7 @@ def gpu_forward(
         interpret=interpret,
         name="attention_forward",
     )
-    return mixed[:, :length], log_total[:, :, :length]
+    return mixed[:, :length], logsumexp[:, :, :length]
 
 
 def gpu_backward(
@@ -112,7 +112,7 @@ def gpu_backward(
     key: Float[Array, "B L D"],
     value: Float[Array, "B L D"],
     mixed: Float[Array, "B L D"],
-    log_total: Float[Array, "B H L"],
+    logsumexp: Float[Array, "B H L"],
     segments: Int[Array, "B L"],
     words: UInt32[Array, "B 2"],
     *,
@@ -124,10 +124,10 @@ def gpu_backward(
     batch, length, width = query.shape
     problem = _Problem(length, heads, width // heads, rate)
     # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
-    shared = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
-    shared = shared.reshape(batch, length, heads, -1).sum(axis=-1).swapaxes(1, 2)
+    delta = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
+    delta = delta.reshape(batch, length, heads, -1).sum(axis=-1).swapaxes(1, 2)
     query, key, value, cotangent = (pad_tokens(x) for x in (query, key, value, cotangent))
-    log_total, shared = (pad_tokens(x, axis=2) for x in (log_total, shared))
+    logsumexp, delta = (pad_tokens(x, axis=2) for x in (logsumexp, delta))
     segments = pad_tokens(segments, with_value=-1)
     own, every = Side(query.shape[1], TILE), Side(query.shape[1])
 
@@ -135,8 +135,8 @@ def gpu_backward(
         inputs = _inputs(problem, query, key, value, segments, words, rows=rows, keys=keys)
         of_rows = [
             (cotangent, rows.heads(problem.head)),
-            (log_total, rows.line()),
-            (shared, rows.line()),
+            (logsumexp, rows.line()),
+            (delta, rows.line()),
         ]
         return run_on_gpu(
             partial(kernel, problem),
@@ -154,7 +154,7 @@ def gpu_backward(
 
 def _forward(problem: _Problem, *references: Any) -> None:
     """Writes the mixed values of a block of rows of one head, and the logarithms of its totals."""
-    inputs, (mixed, log_total) = _References(*references[:-2]), references[-2:]
+    inputs, (mixed, logsumexp) = _References(*references[:-2]), references[-2:]
     query, segments = inputs.query[...], inputs.row_segments[...]
     rows, keep = _own_tokens(query.shape[0]), _keeper(problem, inputs.words)
 
@@ -177,7 +177,7 @@ def _forward(problem: _Problem, *references: Any) -> None:
     start = (nothing + MASKED, nothing, jnp.zeros(query.shape, jnp.float32))
     peak, total, sums = jax.lax.fori_loop(0, problem.tiles, add, start)
     mixed[...] = (sums / (total * (1 - problem.rate))[:, None]).astype(mixed.dtype)
-    log_total[...] = (peak + jnp.log2(total)) * LN_2
+    logsumexp[...] = (peak + jnp.log2(total)) * LN_2
 
 
 def _backward_rows(problem: _Problem, *references: Any) -> None:
@@ -185,8 +185,8 @@ def _backward_rows(problem: _Problem, *references: Any) -> None:
     inputs, of_rows = _References(*references[:6]), _OfRows(*references[6:-1])
     query, segments = inputs.query[...], inputs.row_segments[...]
     rows, keep = _own_tokens(TILE), _keeper(problem, inputs.words)
-    cotangent, log_total, shared = (x[...] for x in of_rows)
-    log_total /= LN_2
+    cotangent, logsumexp, delta = (x[...] for x in of_rows)
+    logsumexp /= LN_2
 
     def add(index: Array, gradient: Array) -> Array:
         at = pl.ds(index * TILE, TILE)
@@ -197,7 +197,7 @@ def _backward_rows(problem: _Problem, *references: Any) -> None:
         if problem.rate:
             kept = keep(rows[:, None], _tile_tokens(index)[None, :])
             slopes = jnp.where(kept, slopes / (1 - problem.rate), 0.0)
-        of_logits = jnp.exp2(logits - log_total[:, None]) * (slopes - shared[:, None])
+        of_logits = jnp.exp2(logits - logsumexp[:, None]) * (slopes - delta[:, None])
         return gradient + _product(of_logits.astype(key.dtype), key)
 
     gradient = jax.lax.fori_loop(0, problem.tiles, add, jnp.zeros(query.shape, jnp.float32))
@@ -216,14 +216,14 @@ def _backward_keys(problem: _Problem, *references: Any) -> None:
         query, cotangent = inputs.query[at, :], of_rows.cotangent[at, :]
         allowed = segments[:, None] == inputs.row_segments[at][None, :]
         logits = jnp.where(allowed, _product(key, query.T) * problem.scale, MASKED)
-        probabilities = jnp.exp2(logits - (of_rows.log_total[at] / LN_2)[None, :])
+        probabilities = jnp.exp2(logits - (of_rows.logsumexp[at] / LN_2)[None, :])
         slopes, dropped = _product(value, cotangent.T), probabilities
         if problem.rate:
             kept = keep(_tile_tokens(index)[None, :], keys[:, None])
             dropped, slopes = (
                 jnp.where(kept, x / (1 - problem.rate), 0.0) for x in (probabilities, slopes)
             )
-        of_logits = probabilities * (slopes - of_rows.shared[at][None, :])
+        of_logits = probabilities * (slopes - of_rows.delta[at][None, :])
         of_key, of_value = gradients
         return (
             of_key + _product(of_logits.astype(query.dtype), query),

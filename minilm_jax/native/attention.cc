@@ -82,7 +82,7 @@ class Kept {
 
 void ForwardHead(const Place& place, const Array& query, const Array& key, const Array& value,
                  const Numbers& numbers, const RandomWords& words, Result& mixed,
-                 Result& log_total) {
+                 Result& logsumexp) {
   const Problem& problem = place.problem;
   const int64_t length = problem.length, filled = problem.panels() * kPanel;
   const int64_t features = problem.features(), columns = problem.columns();
@@ -128,7 +128,7 @@ void ForwardHead(const Place& place, const Array& query, const Array& key, const
       });
       // Normalising after the product divides `width` numbers instead of `length`.
       const float total = Sum(totals);
-      log_total->typed_data()[place.line(token)] = peak + std::log(total);
+      logsumexp->typed_data()[place.line(token)] = peak + std::log(total);
       factors[i] = 1 / (total * (1 - problem.rate));
     }
     Zero(sums, rows * columns);
@@ -141,7 +141,7 @@ void ForwardHead(const Place& place, const Array& query, const Array& key, const
 }
 
 void BackwardHead(const Place& place, const Array& cotangent, const Array& query, const Array& key,
-                  const Array& value, const Array& mixed, const Array& log_total,
+                  const Array& value, const Array& mixed, const Array& logsumexp,
                   const Numbers& numbers, const RandomWords& words, Result& of_query,
                   Result& of_key, Result& of_value) {
   const Problem& problem = place.problem;
@@ -193,20 +193,20 @@ void BackwardHead(const Place& place, const Array& cotangent, const Array& query
         continue;
       }
       const int64_t token = first + i;
-      const float own_log_total = log_total.typed_data()[place.line(token)];
+      const float own_logsumexp = logsumexp.typed_data()[place.line(token)];
       // The sum of p_l * slope_l over keys, of the softmax's gradient, from what is at hand.
       Floats products{};
       for (int64_t d = 0; d < problem.width; d += kLanes)
         products += LoadSome(cotangents + i * features + d, problem.width - d) *
                     LoadSome(mixed_head[token] + d, problem.width - d);
-      const float shared = Sum(products);
+      const float delta = Sum(products);
       each([&](float* weight, float* slope, int64_t at) {
         const Floats zero{};
-        const Floats p = segments.Seen(token, at) ? Exp(Load(weight) - own_log_total) : zero;
+        const Floats p = segments.Seen(token, at) ? Exp(Load(weight) - own_logsumexp) : zero;
         const Floats raised = Fill(1 / (1 - problem.rate));
         const Floats factor = problem.dropped_below ? (kept(token, at) ? raised : zero) : Fill(1);
         Store(weight, p * factor);
-        Store(slope, p * (Load(slope) * factor - shared));
+        Store(slope, p * (Load(slope) * factor - delta));
       });
     }
     Zero(sums, rows * columns);
@@ -224,21 +224,21 @@ void BackwardHead(const Place& place, const Array& cotangent, const Array& query
 }
 
 ffi::Error Forward(ffi::ThreadPool pool, Array query, Array key, Array value, Numbers segments,
-                   RandomWords words, Result mixed, Result log_total, int64_t heads, double rate) {
+                   RandomWords words, Result mixed, Result logsumexp, int64_t heads, double rate) {
   const Problem problem(query, heads, rate);
   return ForEach(pool, problem.batch * heads, [&](int64_t i) {
     const Place place{problem, i / heads, i % heads};
-    ForwardHead(place, query, key, value, segments, words, mixed, log_total);
+    ForwardHead(place, query, key, value, segments, words, mixed, logsumexp);
   });
 }
 
 ffi::Error Backward(ffi::ThreadPool pool, Array cotangent, Array query, Array key, Array value,
-                    Array mixed, Array log_total, Numbers segments, RandomWords words,
+                    Array mixed, Array logsumexp, Numbers segments, RandomWords words,
                     Result of_query, Result of_key, Result of_value, int64_t heads, double rate) {
   const Problem problem(query, heads, rate);
   return ForEach(pool, problem.batch * heads, [&](int64_t i) {
     const Place place{problem, i / heads, i % heads};
-    BackwardHead(place, cotangent, query, key, value, mixed, log_total, segments, words, of_query,
+    BackwardHead(place, cotangent, query, key, value, mixed, logsumexp, segments, words, of_query,
                  of_key, of_value);
   });
 }
@@ -246,7 +246,7 @@ ffi::Error Backward(ffi::ThreadPool pool, Array cotangent, Array query, Array ke
 }  // namespace
 
 // query, key, value [B, L, H * K], segments [B, L], words [B, 2]
-//   -> mixed [B, L, H * K], log_total [B, H, L]
+//   -> mixed [B, L, H * K], logsumexp [B, H, L]
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionForward, Forward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -260,7 +260,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionForward, Forward,
                                   .Attr<int64_t>("heads")
                                   .Attr<double>("rate"));
 
-// cotangent, query, key, value, mixed [B, L, H * K], log_total [B, H, L], segments [B, L],
+// cotangent, query, key, value, mixed [B, L, H * K], logsumexp [B, H, L], segments [B, L],
 // words [B, 2] -> gradients of query, key and value
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionBackward, Backward,
                               ffi::Ffi::Bind()

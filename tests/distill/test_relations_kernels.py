@@ -4,22 +4,21 @@ Those for CPUs are run. The properties of the loss are held for `pallas`, a TPU'
 for `auto`, a CPU's, in test_relations.py too.
 """
 
-import importlib.util
-import os
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
 from minilm_jax.distill.relations_cpu import cpu_sums
 from minilm_jax.distill.relations_gpu import gpu_sums
 from minilm_jax.distill.relations_tpu import fits_tpu, tpu_sums
+from tests import described_tpu
 from tests.described_gpu import KERNEL_CALL, lowered_for_cuda
+from tests.described_tpu import compiled_for_tpus, described_tpus
 from tests.distill.test_relations import assert_close, models
 from tests.distill.test_relations_blocked import (
     gradients_of_sum,
@@ -27,9 +26,6 @@ from tests.distill.test_relations_blocked import (
     settings_and_models,
 )
 from tests.native_kernels import as_one_device, calls, require_kernels
-
-# A kernel for TPUs in a program, by any name.
-TPU_KERNEL_CALL = "tpu_custom_call"
 
 
 def run_cpu_sums(*arrays, interpret, **settings):
@@ -207,29 +203,9 @@ def test_a_shape_that_does_not_suit_the_kernels_takes_blocks():
     assert KERNEL_CALL not in lowered_for_cuda(step, *arguments)
 
 
-def described_tpus(topology):
-    """Chips described by libtpu: compiling for them needs no device."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for a TPU needs its compiler: pip install 'jax[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # The compiler alone is used; another process may use it at the same time.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return Mesh(np.asarray(described.devices).ravel(), ("data",), axis_types=(AxisType.Auto,))
-
-
 @pytest.fixture(scope="module")
 def tpus():
     return described_tpus("v5e:2x2")
-
-
-def compiled_for_tpus(step, arguments, mesh):
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((4 * x.shape[0], *x.shape[1:]), x.dtype, sharding=sharding),
-        arguments,
-    )
-    return jax.jit(step).lower(*arguments).compile().as_text()
 
 
 @pytest.mark.usefixtures("no_program_cache")
@@ -238,7 +214,7 @@ def test_compiled_for_tpus_under_shard_map(tpus, dtype, shape):
     step, arguments = program(dtype, implementation="auto", **shape)
     rows = PartitionSpec("data")
     mapped = jax.shard_map(step, mesh=tpus, in_specs=rows, out_specs=rows)
-    assert TPU_KERNEL_CALL in compiled_for_tpus(mapped, arguments, tpus)
+    assert described_tpu.KERNEL_CALL in compiled_for_tpus(mapped, arguments, tpus)
 
 
 @pytest.mark.usefixtures("no_program_cache")
@@ -247,7 +223,7 @@ def test_a_jit_over_a_mesh_of_tpus_moves_no_array(tpus, told):
     """It takes the kernels where it is told of the mesh, else blocks."""
     step, arguments = program(jnp.bfloat16, implementation="auto", batch=2, length=512, heads=12)
     text = compiled_for_tpus(in_context(step, tpus) if told else step, arguments, tpus)
-    assert (TPU_KERNEL_CALL in text) == told
+    assert (described_tpu.KERNEL_CALL in text) == told
     assert "all-gather" not in text
 
 
@@ -281,4 +257,4 @@ def test_the_longest_keys_admitted_compile_for_a_v4():
     step, arguments = program(
         jnp.float32, implementation="auto", batch=2, length=3072, heads=2, widths=(256, 256)
     )
-    assert TPU_KERNEL_CALL in compiled_for_tpus(in_context(step, mesh), arguments, mesh)
+    assert described_tpu.KERNEL_CALL in compiled_for_tpus(in_context(step, mesh), arguments, mesh)
