@@ -5,8 +5,8 @@ head (8 to 64 numbers) would leave most of them empty. So a tile of a relation i
 the sums over keys run down columns, and what belongs to a row is one line of lanes.
 
 A program meets the keys of a block of rows twice, first for both softmaxes and the divergence, then
-for p_S - p_T and the gradients. The blocks of a head run one after another and add up the gradient
-of the keys in place.
+for p_S - p_T and the gradients; once where one tile holds them all. The blocks of a head run one
+after another and add up the gradient of the keys in place.
 """
 
 import math
@@ -28,7 +28,7 @@ from minilm_jax.distill.relations_blocked import (
     Wanted,
     products_precision,
 )
-from minilm_jax.kernels import MASKED
+from minilm_jax.kernels import LN_2, MASKED
 from minilm_jax.rows import zeros_like_any
 
 
@@ -53,6 +53,7 @@ class _Kernel(NamedTuple):
     heads: int
     tile: int
     scale_teacher: float
+    """Of logits whose exponentials are powers of two: a TPU has an instruction for those."""
     scale_student: float
     precision: jax.lax.Precision
     interpret: bool
@@ -116,8 +117,8 @@ def tpu_sums(
     kernel = _Kernel(
         heads=heads,
         tile=tile,
-        scale_teacher=1 / math.sqrt(teacher[0].shape[-1] // heads),
-        scale_student=1 / math.sqrt(width // heads),
+        scale_teacher=1 / math.sqrt(teacher[0].shape[-1] // heads) / LN_2,
+        scale_student=1 / math.sqrt(width // heads) / LN_2,
         precision=products_precision(*teacher, *student),
         interpret=interpret,
     )
@@ -220,7 +221,7 @@ def _rows(arrays: _Inputs, results: _Results, kernel: _Kernel) -> None:
     row_segments = arrays.row_segments[0]
     tiles = arrays.b_teacher.shape[-1] // tile
 
-    def logits(index: Array) -> tuple[Array, Array]:
+    def logits(index: Any) -> tuple[Array, Array]:
         at = pl.ds(pl.multiple_of(index * tile, tile), tile)
         return _logits(
             (arrays.b_teacher[0, :, at], a_teacher),
@@ -229,31 +230,41 @@ def _rows(arrays: _Inputs, results: _Results, kernel: _Kernel) -> None:
             kernel,
         )
 
-    def measure(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Adds a tile of keys to the running maxima, sums and Σ exp(t) (t - s), all shifted."""
+    def measure(
+        index: Any, state: tuple[Array, ...]
+    ) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+        """Adds a tile of keys to the running maxima, sums and Σ 2^t (t - s), all shifted.
+
+        Returns the exponentials beside them.
+        """
         maximum_teacher, maximum_student, sum_teacher, sum_student, cross = state
         teacher, student = logits(index)
         new_teacher = jnp.maximum(maximum_teacher, jnp.max(teacher, axis=0, keepdims=True))
         new_student = jnp.maximum(maximum_student, jnp.max(student, axis=0, keepdims=True))
         moved_teacher, moved_student = maximum_teacher - new_teacher, maximum_student - new_student
         teacher, student = teacher - new_teacher, student - new_student
-        exp_teacher = jnp.exp(teacher)
-        cross = (cross + sum_teacher * (moved_teacher - moved_student)) * jnp.exp(moved_teacher)
-        return (
+        exp_teacher, exp_student = jnp.exp2(teacher), jnp.exp2(student)
+        cross = (cross + sum_teacher * (moved_teacher - moved_student)) * jnp.exp2(moved_teacher)
+        new = (
             new_teacher,
             new_student,
-            sum_teacher * jnp.exp(moved_teacher) + jnp.sum(exp_teacher, axis=0, keepdims=True),
-            sum_student * jnp.exp(moved_student) + jnp.sum(jnp.exp(student), axis=0, keepdims=True),
+            sum_teacher * jnp.exp2(moved_teacher) + jnp.sum(exp_teacher, axis=0, keepdims=True),
+            sum_student * jnp.exp2(moved_student) + jnp.sum(exp_student, axis=0, keepdims=True),
             cross + jnp.sum(exp_teacher * (teacher - student), axis=0, keepdims=True),
         )
+        return new, (exp_teacher, exp_student)
 
     nothing = jnp.zeros(row_segments.shape, jnp.float32)
     lowest = jnp.full(row_segments.shape, MASKED, jnp.float32)
-    maximum_teacher, maximum_student, sum_teacher, sum_student, cross = jax.lax.fori_loop(
-        0, tiles, measure, (lowest, lowest, nothing, nothing, nothing)
-    )
-    log_teacher, log_student = jnp.log(sum_teacher), jnp.log(sum_student)
-    results.divergence[0] = cross / sum_teacher - log_teacher + log_student
+    state: tuple[Array, ...] = (lowest, lowest, nothing, nothing, nothing)
+    exponentials = None
+    if tiles == 1:
+        state, exponentials = measure(0, state)
+    else:
+        state = jax.lax.fori_loop(0, tiles, lambda index, state: measure(index, state)[0], state)
+    maximum_teacher, maximum_student, sum_teacher, sum_student, cross = state
+    log_ratio = jnp.log2(sum_student) - jnp.log2(sum_teacher)
+    results.divergence[0] = (cross / sum_teacher + log_ratio) * LN_2
     if results.a is None:
         return
 
@@ -261,17 +272,23 @@ def _rows(arrays: _Inputs, results: _Results, kernel: _Kernel) -> None:
     def _() -> None:
         results.b[...] = jnp.zeros(results.b.shape, jnp.float32)
 
-    weight = arrays.weights[0] * kernel.scale_student
+    weight = arrays.weights[0] * (kernel.scale_student * LN_2)
+    weight_teacher, weight_student = weight / sum_teacher, weight / sum_student
 
-    def add(index: Array, gradient: Array) -> Array:
+    def add(index: Any, gradient: Array) -> Array:
         at = pl.ds(pl.multiple_of(index * tile, tile), tile)
-        teacher, student = logits(index)
-        slope = jnp.exp(student - maximum_student) * (weight / sum_student)
-        slope -= jnp.exp(teacher - maximum_teacher) * (weight / sum_teacher)
+        if exponentials is None:
+            teacher, student = logits(index)
+            exp_teacher = jnp.exp2(teacher - maximum_teacher)
+            exp_student = jnp.exp2(student - maximum_student)
+        else:
+            exp_teacher, exp_student = exponentials
+        slope = exp_student * weight_student - exp_teacher * weight_teacher
         results.b[0, :, at] += product("kq,lq->kl", a_student, slope)
         return gradient + product("kl,lq->kq", arrays.b_student[0, :, at], slope)
 
-    results.a[0] = jax.lax.fori_loop(0, tiles, add, jnp.zeros(a_student.shape, jnp.float32))
+    start = jnp.zeros(a_student.shape, jnp.float32)
+    results.a[0] = add(0, start) if tiles == 1 else jax.lax.fori_loop(0, tiles, add, start)
 
 
 def _logits(

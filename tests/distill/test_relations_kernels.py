@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from minilm_jax.distill.relations import reference_per_head, relation_kl, row_weights
 from minilm_jax.distill.relations_cpu import cpu_sums
@@ -40,7 +40,7 @@ ALL_SUMS = pytest.mark.parametrize("sums", [tpu_sums, gpu_sums, run_cpu_sums])
 @ALL_SUMS
 @pytest.mark.parametrize(
     "length, teacher_width, student_width",
-    [(70, 192, 96), (300, 40, 12)],
+    [(70, 192, 96), (300, 40, 12), (600, 40, 12)],
     ids=str,
 )
 def test_kernels_are_the_reference(sums, length, teacher_width, student_width):
