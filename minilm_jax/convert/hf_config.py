@@ -112,6 +112,15 @@ _NEVER = {
 }
 
 
+TASK_SETTINGS = ("finetuning_task", "id2label", "label2id", "num_labels", "problem_type")
+"""What a config.json says of the task that a model was fine-tuned for."""
+
+
+def without_task(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config.json's content without what it says of a task."""
+    return {name: value for name, value in hf.items() if name not in TASK_SETTINGS}
+
+
 def from_hf_config(hf: Mapping[str, Any], *, name: str) -> EncoderConfig:
     """Returns the encoder's shape; `name` is the file that errors speak of.
 

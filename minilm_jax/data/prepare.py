@@ -127,6 +127,7 @@ def prepare(
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if not 0 <= holdout_fraction < 1:
         raise DataError(f"heldout is {holdout_fraction}: give a share from 0 to below 1")
+    check_guarded()
     if workers < 0:
         raise DataError(f"workers is {workers}: give 0, to work in this process, or more")
     if shard_tokens < 1:
@@ -440,13 +441,27 @@ def _raise(errors: list[Exception], output: Path) -> None:
             ) from error
         if isinstance(error, BrokenProcessPool):
             raise DataError(
-                f"{output}: a worker process was killed, often for want of memory; what is prepared"
-                " stays: run the same command again with fewer workers"
+                f"{output}: a worker process was killed, often for want of memory, or a script"
+                ' without `if __name__ == "__main__":` started it; what is prepared stays: run the'
+                " same command again, with fewer workers"
             ) from error
         if not isinstance(error, DataError):
             raise error
     more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
     raise DataError(f"{errors[0]}{more}; what is prepared stays") from errors[0]
+
+
+def check_guarded() -> None:
+    """Raises DataError in a worker that is running its parent's script once more.
+
+    To be called before a worker could be told that its parent's folder is in use.
+    """
+    # As Python does before it lets a process start others (multiprocessing/spawn.py).
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DataError(
+            "text is prepared by processes that run the main script again: put what it does under"
+            ' `if __name__ == "__main__":`'
+        )
 
 
 def _run_processes(tasks: list[_Task], workers: int, meter: "_Meter") -> list[Exception]:

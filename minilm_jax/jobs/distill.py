@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import shlex
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import jax
 import numpy as np
 
 from minilm_jax.convert.folder import write_model
-from minilm_jax.convert.model import Model
+from minilm_jax.convert.hf_config import without_task
+from minilm_jax.convert.model import Model, flatten
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.distill.student import larger_sizes
 from minilm_jax.encoder.config import EncoderConfig
@@ -134,14 +136,13 @@ class _Run:
     ) -> DistillResult:
         """Writes student, plot and result."""
         config, target = self.config, self.config.output / STUDENT
-        # The teacher's settings and tokenizer, and no source: these weights were read nowhere.
-        student = dataclasses.replace(
-            self.teacher,
+        # The teacher's settings and tokenizer, but nothing of a task of its own, and no source:
+        # these weights were read nowhere, and their outputs embed no sentences.
+        student = Model(
             config=self.shape,
             params=self.devices.fetch(exported_params(params)),
-            source="",
-            fingerprint="",
-            stored_dtypes={},
+            hf_config=without_task(self.teacher.hf_config),
+            folder=self.teacher.folder,
         )
         result = DistillResult(
             student=str(target),
@@ -150,7 +151,7 @@ class _Run:
             heldout=figures,
         )
         if writes():
-            origin = _origin(config, result, teacher=self.teacher.fingerprint)
+            origin = _origin(config, result, student, teacher=self.teacher.fingerprint)
             write_model(student, target, tokenizer_files=tokenizer.files, origin=origin)
             plot_loss(config.output / METRICS, config.output / PLOT)
         write_result(config.output, result)
@@ -307,12 +308,21 @@ def _opening(
     )
 
 
-def _origin(config: DistillConfig, result: DistillResult, *, teacher: str) -> dict[str, str]:
+def _origin(
+    config: DistillConfig, result: DistillResult, student: Model, *, teacher: str
+) -> dict[str, str]:
     """Returns how the student came about, for its model card."""
     source, corpora = config.text.source, read_json(config.output / "data.json")["corpora"]
     names = config.text.corpora if source is None else source.paths or (source.format,)
     sizes = {unit: sum(corpus[unit] for corpus in corpora) for unit in ("documents", "tokens")}
     best = ", then that of the lowest held-out loss" if config.train.export == "best" else ""
+    unreached = config.objective.unreached(student.config)
+    count = sum(
+        math.prod(x.shape)
+        for path, x in flatten(student.params).items()
+        if any(path.startswith("/".join(whole) + "/") for whole in unreached)
+    )
+    aside = f"{count:,} parameters, the last block's output among them: fine-tune before using it"
     return {
         "distilled from": config.teacher.source,
         "SHA-256 of the teacher's weights": teacher,
@@ -323,6 +333,7 @@ def _origin(config: DistillConfig, result: DistillResult, *, teacher: str) -> di
         f"{config.batch.sequence_length} tokens{best}",
         "held-out loss": f"{result.heldout['after']:.4f}, before training "
         f"{result.heldout['before']:.4f}",
+        **({"not reached by the objective": aside} if count else {}),
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from minilm_jax.convert.hf_config import without_task
 from minilm_jax.convert.model import Model
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.jobs.finetune_config import FinetuneConfig
@@ -52,9 +53,7 @@ def start_model(
     params = init_head(
         key, source.config, task.kind, classes=len(labels) if labels else 1, params=known
     )
-    hf_config = {**source.hf_config, "finetuning_task": task.name}
-    for name in ("id2label", "label2id", "num_labels", "problem_type"):
-        hf_config.pop(name, None)
+    hf_config = without_task(source.hf_config) | {"finetuning_task": task.name}
     if labels:
         hf_config["id2label"] = {str(i): name for i, name in enumerate(labels)}
         hf_config["label2id"] = {name: i for i, name in enumerate(labels)}

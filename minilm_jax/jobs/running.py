@@ -11,6 +11,7 @@ import optax
 
 from minilm_jax import native
 from minilm_jax.data.prefetch import Prefetch
+from minilm_jax.data.prepare import check_guarded
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.config import EngineConfig, TrainConfig
 from minilm_jax.train.devices import Devices
@@ -45,6 +46,7 @@ def join_hosts(config: EngineConfig, say: Say) -> Say:
 
     In all but one process it says nothing, once each has said who it is.
     """
+    check_guarded()
     join(config.hosts, say=say)
     return say if writes() else lambda _: None
 

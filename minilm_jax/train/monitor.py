@@ -75,14 +75,16 @@ class Monitor:
         self._truncate(metrics_path, first_step)
         self._file = metrics_path.open("a")
         self._speed_file = metrics_path.with_name(SPEED).open("a")
-        self._console = Console(file=cast(IO[str], stream)) if stream else Console(stderr=True)
+        file = cast(IO[str], stream) if stream else None
+        # A metric's name may have brackets.
+        self._console = Console(file=file, stderr=file is None, markup=False)
         self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=12),
-                TextColumn("{task.fields[line]}"),
+                TextColumn("{task.fields[line]}", markup=False),
                 console=self._console,
             )
             self._task = self._progress.add_task(

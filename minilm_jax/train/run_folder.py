@@ -137,7 +137,8 @@ def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...])
 
 def _changes(path: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns what the file says otherwise; nothing where no step was taken with what it says."""
-    if not path.exists() or not (path.parent / METRICS).exists():
+    rows = path.parent / METRICS
+    if not path.exists() or not rows.exists() or not rows.stat().st_size:
         return []
     return differences(read_json(path), json.loads(json.dumps(value)))
 

@@ -184,6 +184,29 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
     assert not (tmp_path / "out" / "records").exists()
 
 
+def test_a_script_without_its_guard_is_told_so(text, vocabulary, tmp_path):
+    """Its workers run it once more."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from minilm_jax.data.prepare import prepare\n"
+        "from minilm_jax.data.sources import TextSource\n"
+        f"prepare({text!r}, tokenizer=Path({str(vocabulary)!r}), output=Path('out'), workers=1)\n"
+    )
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    in_worker, here = done.stderr.split("BrokenProcessPool")[0], done.stderr.splitlines()[-1]
+    assert 'put what it does under `if __name__ == "__main__":`' in in_worker
+    assert 'a script without `if __name__ == "__main__":`' in here
+
+
 def test_a_killed_worker_is_a_sentence_and_costs_only_its_shard(text, vocabulary, tmp_path):
     records = tmp_path / "out" / "records"
 

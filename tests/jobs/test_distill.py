@@ -19,9 +19,11 @@ import pytest
 from minilm_jax.cli import parse
 from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.convert.model import Model
+from minilm_jax.convert.sentence import Sentence
 from minilm_jax.data.batches import BatchConfig
 from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource
+from minilm_jax.data.tokenizers import load_tokenizer
 from minilm_jax.distill.objectives import RelationObjective, minilm, minilmv2
 from minilm_jax.distill.student import StudentConfig
 from minilm_jax.distill.vocabulary import soft_labels
@@ -74,6 +76,34 @@ def test_the_summary_names_a_plot_that_is_there_and_a_command_that_runs(config):
         assert ("plot needs minilm_jax[plot]" in said[-1]) is not drawn
         assert (f", plot {config.output}/loss.png" in said[-1]) is drawn
         assert "convert 'my runs/student' TARGET" in said[-1]
+
+
+def test_a_student_is_no_finished_model_of_its_teachers_task(config, tiny_teacher, tmp_path):
+    """Its last block's output was not trained, so it embeds no sentences and tells no classes."""
+    task = {"id2label": {"0": "no", "1": "yes"}, "problem_type": "single_label_classification"}
+    read = read_model(tiny_teacher)
+    teacher = dataclasses.replace(
+        read,
+        sentence=Sentence(pooling="mean", normalize=True, max_length=32),
+        hf_config={**read.hf_config, **task},
+    )
+    files = load_tokenizer(tiny_teacher).files
+    folder = write_model(teacher, tmp_path / "teacher", tokenizer_files=files)
+    assert (folder / "modules.json").exists()
+    changes = {
+        "teacher": TeacherConfig(source=str(folder)),
+        "train": dataclasses.replace(config.train, steps=4, log_every=1),
+    }
+    result, _ = run(dataclasses.replace(config, **changes))
+    student = Path(result.student)
+    assert not (student / "modules.json").exists()
+    assert not task.keys() & json.loads((student / "config.json").read_text()).keys()
+    # The attention's output, the feed-forward and both norms of the second of two blocks.
+    count = 24 * 24 + 24 + 2 * 24 * 96 + 24 + 96 + 4 * 24
+    assert (
+        f"| not reached by the objective | {count:,} parameters"
+        in (student / "README.md").read_text()
+    )
 
 
 def test_from_text_to_a_student_that_is_nearer_to_its_teacher(config):

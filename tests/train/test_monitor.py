@@ -61,6 +61,11 @@ def test_many_terms_do_not_fill_the_terminal(tmp_path):
     assert "qk_5 0.100 …)" in logged(tmp_path, metrics={"loss": 2.4, **many})
 
 
+def test_a_name_may_have_brackets(tmp_path):
+    line = logged(tmp_path, metrics={"loss": 2.4, "hidden[last]": 0.1, "x[/last]": 0.2})
+    assert "(hidden[last] 0.100 x[/last] 0.200)" in line
+
+
 def test_a_step_that_was_compiled_says_nothing_about_speed(tmp_path):
     line = logged(tmp_path, steps=0, counts={}, seconds=0.0)
     assert line.endswith("lr 0.00029  grad 0.41\n")
