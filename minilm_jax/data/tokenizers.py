@@ -45,6 +45,7 @@ _PROBE = (
     "东京タワー 한국어 ไทย العربية हिन्दी Ελληνικά Русский",
     "tabs\tnew\nlines  double  a\u00a0b\u200bc\u00add 🙂",
 )
+_SPECIALS = 2
 _LONGEST_STRETCH = 1 << 18
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 
@@ -199,8 +200,15 @@ class Tokenizer:
           max_length: tokens of a row at most, the two special ones included; the rest is cut off.
           multiple_of: the longest row's length is rounded up to a multiple of it, or to
             `max_length`, so that few shapes are compiled.
+
+        Raises:
+          DataError: there is no text, one string instead of several, or no room for a token.
         """
-        rows = [self.build(ids[: max_length - 2]).ids for ids in self.encode(texts)]
+        if isinstance(texts, str) or not texts:
+            raise DataError(f"texts is {texts!r:.60}: give a list of one or more")
+        if max_length <= _SPECIALS:
+            raise DataError(f"max_length is {max_length}: give at least {_SPECIALS + 1}")
+        rows = [self.build(ids[: max_length - _SPECIALS]).ids for ids in self.encode(texts)]
         longest = max(map(len, rows))
         shape = (len(rows), min(-(-longest // multiple_of) * multiple_of, max_length))
         input_ids, segments = np.full(shape, self.pad_id, np.int32), np.zeros(shape, np.int32)

@@ -6,7 +6,7 @@ constructors; the paper's ablations are settings of it too.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import ConfigError
 from minilm_jax.reductions import Loss, Mean
-from minilm_jax.settings import Positive, Weight
+from minilm_jax.settings import FINITE, Positive, Weight, above
 
 Relation = Literal["qq", "qk", "qv", "kq", "kk", "kv", "vq", "vk", "vv"]
 
@@ -39,7 +39,10 @@ class RelationObjective(Objective):
     (MiniLM eq. 10, MiniLMv2 eq. 8).
     """
 
-    relations: tuple[tuple[Relation, Weight], ...] = (("qk", 1.0), ("vv", 1.0))
+    relations: tuple[tuple[Relation, Annotated[float, above(0), FINITE]], ...] = (
+        ("qk", 1.0),
+        ("vv", 1.0),
+    )
     """Pairs of projections and their weights: qk is MiniLM's attention distribution, vv its value
     relation; MiniLMv2 takes qq, kk, vv."""
     heads: Positive | None = None
@@ -54,10 +57,8 @@ class RelationObjective(Objective):
 
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
         """Raises ConfigError where heads, widths or layers do not fit, or no weight is left."""
-        if not self._weighted() and not self.value_mse:
-            raise ConfigError(
-                "objective.relations is empty or all of weight 0: there is nothing to distil"
-            )
+        if not self.relations and not self.value_mse:
+            raise ConfigError("objective.relations is empty: there is nothing to distil")
         if self.heads is None and teacher.num_attention_heads != student.num_attention_heads:
             raise ConfigError(
                 f"the teacher has {teacher.num_attention_heads} attention heads, the student "
@@ -146,7 +147,7 @@ class RelationObjective(Objective):
         Its attention output, its feed-forward, both norms, and every layer above.
         """
         last = max((layer for _, layer in self.layers), default=student.num_hidden_layers)
-        used = set("".join(self._weighted()))
+        used = {letter for relation, _ in self.relations for letter in relation}
         used |= {"v"} if self.value_mse else set()
         names = {"q": "query", "k": "key", "v": "value"}
         block = ("encoder", f"layer_{last - 1}")
@@ -173,10 +174,6 @@ class RelationObjective(Objective):
             name: init(k, shape, jnp.float32) for name, k in zip(names, keys, strict=True)
         }
         return {"value_projection": projections}
-
-    def _weighted(self) -> list[Relation]:
-        """Returns the relations that a gradient comes from."""
-        return [relation for relation, weight in self.relations if weight]
 
     def _pairs(self, teacher: EncoderConfig, student: EncoderConfig) -> tuple[tuple[int, int], ...]:
         return self.layers or ((teacher.num_hidden_layers, student.num_hidden_layers),)
@@ -206,9 +203,9 @@ def minilmv2(*, heads: int, teacher_layer: int, student_layer: int) -> RelationO
 def uniform_layers(*, teacher: int, student: int) -> tuple[tuple[int, int], ...]:
     """Returns pairs (teacher layer, student layer), every student layer with an evenly spread one.
 
-    The mapping of MiniLM's Table 7 and of TinyBERT; the last layers are a pair.
+    The mapping of MiniLM's Table 7 and of TinyBERT, rounded up; the last layers are a pair.
     """
-    return tuple((max(1, round(m * teacher / student)), m) for m in range(1, student + 1))
+    return tuple((-(-m * teacher // student), m) for m in range(1, student + 1))
 
 
 def check_layers(

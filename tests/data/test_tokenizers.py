@@ -97,6 +97,19 @@ def test_a_batch_of_texts_is_what_transformers_makes_of_them(bert, bert_folder):
     assert {x.dtype.name for x in batch.values()} == {"int32"}
 
 
+@pytest.mark.parametrize(
+    "texts, max_length, message",
+    [
+        ("one text", 8, "texts is 'one text': give a list"),
+        ([], 8, "texts is \\[\\]: give a list"),
+        (["one"], 2, "max_length is 2: give at least 3"),
+    ],
+)
+def test_what_is_no_batch_is_refused(bert, texts, max_length, message):
+    with pytest.raises(DataError, match=message):
+        bert.batch(texts, max_length=max_length)
+
+
 def test_a_batch_is_filled_with_the_pad_id_to_the_length_that_is_asked_for(xlmr_folder):
     xlmr = load_tokenizer(xlmr_folder)
     (ids,) = xlmr.encode(["hello"])

@@ -381,7 +381,9 @@ def test_layers_are_mapped_evenly():
     )
     assert uniform_layers(teacher=12, student=4)[-1] == (12, 4)
     # A student that is deeper meets every layer, from the first.
-    assert [layer for layer, _ in uniform_layers(teacher=2, student=6)] == [1, 1, 1, 1, 2, 2]
+    assert [layer for layer, _ in uniform_layers(teacher=2, student=6)] == [1, 1, 1, 2, 2, 2]
+    between = [layer for layer, _ in uniform_layers(teacher=12, student=8)]
+    assert between == [2, 3, 5, 6, 8, 9, 11, 12]
 
 
 @pytest.mark.parametrize(
