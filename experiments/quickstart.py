@@ -8,8 +8,8 @@ loss      MiniLM (arXiv 2002.10957): attention distribution and value relation o
 text      CPython's topics and the docstrings of the standard library
 expected  README.md shows the output of a real run
 
-This is a demonstration on one megabyte of text, not a recipe: the papers train 400,000 steps on
-Wikipedia and books from a random start.
+This is a demonstration on two megabytes of text, not a recipe: the papers train for 400,000 steps
+on Wikipedia and books, from a random start.
 """
 
 import importlib.util
