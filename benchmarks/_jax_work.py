@@ -1,4 +1,4 @@
-"""This library's side of the benchmarks: the functions its jobs are made of."""
+"""This library's side of the benchmarks, made of the same functions as its jobs."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -57,9 +57,9 @@ def distillation_step(
 
     Args:
       setting: weights, shapes, dtype.
-      batches: one step is run on each, instead of one step on a full batch.
+      batches: if given, one step is run on each, instead of one step on a full batch.
       checked: whether the loss is to be compared with that of other peers.
-      devices: to run on; one where absent.
+      devices: to run on; one if not given.
       attention: see `Compute`.
     """
     assert setting.teacher is not None
@@ -151,7 +151,7 @@ def _training(
 
 
 def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
-    """Returns texts to embeddings: sorted by length, batches of 32 padded to multiples of 32."""
+    """Returns text-to-embedding work: sorted by length, batches of 32 padded to multiples of 32."""
     model, tokenizer = read_model(folder), load_tokenizer(folder)
     sentence = model.sentence
     assert sentence is not None
@@ -185,7 +185,7 @@ def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
 
 
 def matrix_product(size: int, dtype: str = "float32") -> Work:
-    """Returns one product of square matrices: what the machine gives at best, 2·size³ FLOPs."""
+    """Returns one product of square matrices (2·size³ FLOPs): the best the machine can do."""
     square = jnp.full((size, size), 1 / size, dtype)
     multiply = jax.jit(lambda x: x @ x)
     return Work(lambda: multiply(square).block_until_ready())

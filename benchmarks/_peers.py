@@ -1,7 +1,7 @@
-"""Several ways of doing the same work, each alive in a process of its own, timed in turn.
+"""Times several ways of doing the same work in turn, each in its own long-lived process.
 
-Runs alternate, so that whatever else the machine does falls on all of them, and a peer's memory is
-that of its process alone.
+Runs alternate, so that other load on the machine affects all of them. A peer's memory is that of
+its process alone.
 """
 
 import ctypes
@@ -97,7 +97,7 @@ class _Peer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Figures:
-        """Returns the check and the seconds of the first run, or why there are none."""
+        """Returns the check and the seconds of the first run, or the reason why there are none."""
         # A program of its own: a child of multiprocessing would import what the parent did, and
         # JAX's memory would be counted as PyTorch's.
         self._process = subprocess.Popen(
@@ -127,7 +127,7 @@ class _Peer:
 
 
 def _serve() -> None:
-    """Builds the work that arrives on standard input and answers until its process is ended."""
+    """Builds the work that arrives on standard input, then answers requests until it is ended."""
     questions = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
@@ -158,7 +158,7 @@ def _serve() -> None:
 
 
 def _forget_peak() -> None:
-    """Makes the kernel count the process's peak anew, after what is free was handed back."""
+    """Hands free memory back, then makes the kernel restart its count of the process's peak."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -170,7 +170,7 @@ def _peak_resident() -> int:
 
 
 def threads() -> int:
-    """Returns the cores this process may use; what every peer is given."""
+    """Returns the number of cores this process may use, which every peer gets."""
     return len(os.sched_getaffinity(0))
 
 

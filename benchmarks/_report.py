@@ -1,4 +1,4 @@
-"""What every table of results says of the machine, and where tables are kept."""
+"""What every table of results says about the machine, and where the tables are kept."""
 
 import datetime
 import importlib.metadata
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def on_cpus_alone() -> None:
-    """Has the peers' processes load no library for TPUs, whose 250 MiB would count as ours."""
+    """Keeps the peers' processes from loading libtpu, whose 250 MiB would count as ours."""
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
@@ -70,14 +70,14 @@ def measured_table(
     peak: float | None = None,
     tolerance: float = 1e-4,
 ) -> list[str]:
-    """Returns what was measured of the peers and of the machine, all in turn, as Markdown.
+    """Returns the figures of the peers and of the machine, measured in turn, as Markdown.
 
     Args:
       peers: makers of their work by name, this library's under OURS.
       flops: model FLOPs of one run.
       budget: seconds of timing.
-      product: size and dtype of the matrices whose product is the measure of the machine.
-      peak: its published FLOPs a second; None takes the measured ones.
+      product: size and dtype of the matrices whose product measures the machine.
+      peak: the machine's published FLOPs a second; None uses the measured ones.
       tolerance: see `measure`.
     """
     size, dtype = product
@@ -122,7 +122,7 @@ def peers_table(figures: dict[str, Figures], *, flops: int, rate: float) -> list
 
 
 def write_section(name: str, section: str, lines: list[str], *, title: str) -> None:
-    """Prints a section of a results file and puts it in the place of its last measurement.
+    """Prints a section of a results file and replaces its previous version there.
 
     Args:
       name: of the file in benchmarks/results, without its ending.

@@ -1,4 +1,4 @@
-"""What all peers of a distillation or encoder benchmark are given."""
+"""What all peers of a distillation or encoder benchmark have in common."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,10 +1,10 @@
 """PyTorch's side of the benchmarks, on `transformers`' models: the steps people write.
 
-`eager` is how the public re-implementations of MiniLMv2 are written: all attentions and hidden
-states are returned, queries, keys and values computed again from them, every relation is a matrix
-in memory, and a loop over the batch normalises each document. `vectorised` is what a competent user
-makes of it: fused attention, hooks, all three relations in one product, a fused optimizer; with or
-without torch.compile.
+`eager` is how the public re-implementations of MiniLMv2 are written: the model returns all
+attentions and hidden states, queries, keys and values are computed again from them, every relation
+is a matrix in memory, and a loop over the batch normalises each document. `vectorised` is what a
+competent user makes of it: fused attention, hooks, all three relations in one product, a fused
+optimizer, with or without torch.compile.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def encoder_step(setting: Setting, *, compiled: bool) -> Work:
 
 
 def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
-    """Returns texts to embeddings by sentence-transformers' own `encode`, batches of 32."""
+    """Returns text-to-embedding work by sentence-transformers' own `encode`, batches of 32."""
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(threads())
@@ -87,7 +87,7 @@ def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
 
 
 def _compile(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Returns the function compiled here and now, not loaded from what another run compiled."""
+    """Returns the function compiled anew, not loaded from another run's cache."""
     torch.compiler.config.force_disable_caches = True
     return torch.compile(function)
 
@@ -150,7 +150,7 @@ def _training_step(
 
 
 def _projections(model: BertModel, layer: int) -> list[nn.Module]:
-    """Returns the modules that make queries, keys and values of a layer, from 1."""
+    """Returns the modules that compute queries, keys and values of a layer, counted from 1."""
     attention: Any = model.encoder.layer[layer - 1].attention
     return [attention.self.query, attention.self.key, attention.self.value]
 

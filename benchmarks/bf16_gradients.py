@@ -2,8 +2,8 @@
 
     python benchmarks/bf16_gradients.py
 
-Teacher, student (three layers of the teacher's) and text are the quickstart's; dropout is off, and
-the MLM head of the losses that need one is random. Writes benchmarks/results/bf16_gradients.md.
+Teacher, student (three of the teacher's layers) and text are the quickstart's. Dropout is off.
+Losses that need an MLM head get a random one. Writes benchmarks/results/bf16_gradients.md.
 """
 
 import dataclasses
@@ -43,11 +43,12 @@ OBJECTIVES: dict[str, Objective] = {
 
 TITLE = """# Gradients in bfloat16
 
-`python benchmarks/bf16_gradients.py` wrote this: the gradient of all parameters with
-`compute.dtype` bfloat16 beside that of fp32, as *cosine* and as *difference* (the norm of the
-difference over the norm in fp32); *largest* is the largest difference of one parameter whose
-gradient is at least a thousandth of the whole. all-MiniLM-L6-v2 → 3 × 384 of its layers, 8
-documents of up to 128 tokens, dropout off. One rounding to bfloat16 is 0.2 to 0.4%.
+`python benchmarks/bf16_gradients.py` wrote this. It compares the gradient of all parameters with
+`compute.dtype` bfloat16 with that in fp32. *Cosine* is between the two; *difference* is the norm of
+their difference over the norm in fp32. *Largest* is the largest difference of a single parameter
+whose gradient is at least a thousandth of the whole. The teacher is all-MiniLM-L6-v2; the student
+is 3 × 384, made of the teacher's layers. 8 documents of up to 128 tokens, dropout off. One rounding
+to bfloat16 is 0.2 to 0.4%.
 """
 
 

@@ -1,10 +1,10 @@
-"""The cost of a distillation step on paper: matrix products, the optimizer's bytes, tokens a day.
+"""The theoretical cost of a distillation step: matrix products, optimizer bytes, tokens a day.
 
     python benchmarks/cost_model.py    # the tables of docs/performance.md
 
-Only what the mathematics needs is counted: a block that is recomputed, or a layer that is run for
-nothing, is time but no model FLOPs. Model FLOPs a second over the machine's peak are the MFU (model
-FLOPs utilisation, PaLM, arXiv 2204.02311, appendix B).
+Only what the mathematics needs is counted: recomputing a block, or running a layer for nothing,
+takes time but adds no model FLOPs. Model FLOPs a second over the machine's peak are the MFU (model
+FLOPs utilisation; PaLM, arXiv 2204.02311, appendix B).
 """
 
 import dataclasses

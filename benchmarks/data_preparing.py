@@ -1,10 +1,10 @@
-"""How fast text becomes a token corpus, beside the tokenizers people use.
+"""How fast text becomes a token corpus, compared with common tokenizers.
 
     python benchmarks/data_preparing.py --tokenizer FOLDER # a BERT folder, about 5 minutes
-    pip install datasets          # for its row; else it is left out
+    pip install datasets          # for its row, which is left out otherwise
 
-The text is the docstrings of every Python package installed beside this one: natural English and
-code, each text once, nothing repeated. Ways are timed in turn, the best of three rounds.
+The text is the docstrings of every Python package in this environment: natural English and code,
+each text once. The ways take turns; the best of three rounds counts.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def fast(tokenizer: Path, texts: list[str]) -> float:
 
 
 def transformers_ways(tokenizer: Path, texts: list[str]) -> dict[str, Callable[[], float]]:
-    """Returns the call most scripts make, without its start-up."""
+    """Returns the call that most scripts make, without its start-up."""
     from transformers import AutoTokenizer
 
     called = AutoTokenizer.from_pretrained(tokenizer)

@@ -1,10 +1,10 @@
-"""How fast batches are read, beside what people use.
+"""How fast batches are read, compared with common alternatives.
 
     python benchmarks/data_reading.py # 60 M tokens, about 2 minutes
-    pip install grain                 # for the rows of grain; else they are left out
+    pip install grain                 # for its rows, which are left out otherwise
 
 Every way reads the same documents (log-normal lengths: median 148 tokens, mean about 300) from
-the page cache into int32 rows of 512, and is timed in turn, the best of three rounds.
+the page cache into int32 rows of 512. The ways take turns; the best of three rounds counts.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def tokens_per_second(batches: Iterator[np.ndarray], seconds: float) -> float:
 
 
 def figures(corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """Prints what packing gives and costs, and how long a step of 0.1 s waits."""
+    """Prints what packing gains and costs, and how long steps of 0.1 s wait for data."""
     print("| row length | packing efficiency | padded, one document a row | laying out an epoch |")
     print("|---|---|---|---|")
     for length in (128, 512):

@@ -1,12 +1,12 @@
-"""The full distillation step, side by side with PyTorch's: time, memory, FLOPs a second.
+"""The full distillation step compared with PyTorch's: time, memory, FLOPs a second.
 
     pip install -e '.[torch]'
     python benchmarks/distillation_step.py [--shapes 16x128x48 16x128x12 4x512x48]
 
-Teacher and student are BERTs of 6 layers × 384 with BERT's vocabulary, MiniLMv2's relations (Q·Q,
-K·K, V·V) of the last layer, dropout 0.1 in the student, clipping, AdamW: what `minilm-jax distill`
-runs. The peers (benchmarks/_torch_work.py) load the same weights, must give the same loss to 1e-4
-(dropout off) and run in turn. Writes benchmarks/results/distillation_step_cpu.md.
+It runs what `minilm-jax distill` runs: teacher and student are BERTs of 6 layers × 384 with BERT's
+vocabulary; MiniLMv2's relations (Q·Q, K·K, V·V) of the last layer, dropout 0.1 in the student,
+clipping, AdamW. The peers (benchmarks/_torch_work.py) load the same weights, must give the same
+loss to 1e-4 (dropout off) and take turns. Writes benchmarks/results/distillation_step_cpu.md.
 """
 
 import argparse
@@ -29,18 +29,23 @@ SHAPES = ("16x128x48", "16x128x12", "4x512x48")
 
 TITLE = """# The distillation step
 
-`python benchmarks/distillation_step.py` wrote this: teacher and student 6 × 384, 12 heads,
-vocabulary 30,522, MiniLMv2's three relations of the last layer, dropout 0.1, AdamW, fp32. Shapes
-are rows × tokens × relation heads. Medians (minimum–maximum) of runs in turn; *ours is faster* is
-the ratio of medians; *first* is the first step, compilation included; *memory* is the process's
-resident peak while it steps, libraries included; FLOPs are those of the model
-(benchmarks/cost_model.py), whatever a peer computes beside; the machine's rate is that of an fp32
-product of 2048 × 2048 matrices by XLA in the same turns.
+`python benchmarks/distillation_step.py` wrote this. Teacher and student are 6 × 384 with 12 heads
+and a vocabulary of 30,522; MiniLMv2's three relations of the last layer, dropout 0.1, AdamW, fp32.
+Shapes are rows × tokens × relation heads. Times are medians (minimum–maximum) of runs that take
+turns.
+
+- *ours is faster*: the ratio of medians.
+- *first*: the first step, compilation included.
+- *memory*: the process's peak resident memory while it steps, libraries included. *ours of it* is
+  ours as a share of the peer's.
+- *GFLOP/s*: FLOPs of the model (benchmarks/cost_model.py), whatever else a peer computes.
+- *of the machine*: their share of the rate of an fp32 product of 2048 × 2048 matrices by XLA in the
+  same turns.
 """
 
 
 def peers(setting: Setting) -> dict[str, Callable[[], Work]]:
-    """Returns ours and the three of PyTorch."""
+    """Returns our peer and the three of PyTorch."""
     torch_step = partial(_torch_work.distillation_step, setting)
     return {
         OURS: partial(_jax_work.distillation_step, setting),

@@ -1,11 +1,11 @@
-"""The encoder alone, side by side with PyTorch's: a forward pass, and a training step.
+"""The encoder alone compared with PyTorch's: a forward pass, and a training step.
 
     pip install -e '.[torch]'
     python benchmarks/encoder.py [--parts forward training]
 
 BERT 6 layers × 384 at 32 × 128 in fp32, against transformers' BertModel with fused attention
-(sdpa), with and without torch.compile; same weights, same outputs. The training step is forward,
-backward, clipping and AdamW with dropout 0.1. Writes benchmarks/results/encoder_cpu.md.
+(sdpa), with and without torch.compile. Weights and outputs are the same. The training step is
+forward, backward, clipping and AdamW with dropout 0.1. Writes benchmarks/results/encoder_cpu.md.
 """
 
 import argparse
@@ -25,8 +25,8 @@ BATCH, LENGTH = 32, 128
 TITLE = """# The encoder
 
 `python benchmarks/encoder.py` wrote this: BERT 6 × 384, 12 heads, 32 rows of 128 tokens, fp32.
-*training* is forward, backward, clipping and AdamW with dropout 0.1 on the mean of the outputs'
-fourth powers. Columns are those of distillation_step_cpu.md.
+*training* is forward, backward, clipping and AdamW, with dropout 0.1; the loss is the mean of the
+outputs' fourth powers. distillation_step_cpu.md explains the columns.
 """
 
 

@@ -2,15 +2,15 @@
 
     python benchmarks/engine_overhead.py [--steps 300] [--saves 15]
 
-The step is a stand-in that sleeps for 100 ms and returns metrics; all around it is the real
-loop: batches through `Prefetch` onto the device, stopwatch, metrics.jsonl, console line. The cost
-of the engine is the time from the end of a step to the start of the next. The stand-in holds the
-host, which a real step leaves free while the devices work: what is measured is an upper bound.
+The step is a stand-in that sleeps for 100 ms and returns metrics. Everything around it is real:
+the loop, batches through `Prefetch` onto the device, stopwatch, metrics.jsonl, console line. The
+cost of the engine is the time from the end of a step to the start of the next. The stand-in blocks
+the host, which a real step leaves free while the devices work, so the figure is an upper bound.
 
-A save is that of a state of 33 million parameters with Adam. What training waits for is the call;
-a synchronous save is the call and the wait until it is on disk. Orbax alone leaves out our
-checksums, and its synchronous save is what both shares are of: what is added in the background
-must not make ours look small. The two take turns. Writes benchmarks/results/engine_overhead.md.
+A save writes a state of 33 million parameters with Adam. Training waits for the call; a synchronous
+save is the call and the wait until the state is on disk. Orbax alone leaves out our checksums. Both
+shares are of Orbax's synchronous save: what ours adds in the background must not make its share
+look small. The two take turns. Writes benchmarks/results/engine_overhead.md.
 """
 
 import argparse
@@ -43,8 +43,8 @@ STEP_S = 0.1
 PARAMETERS = 33_000_000
 TITLE = """# The engine around the step
 
-`python benchmarks/engine_overhead.py` wrote this; its docstring says what is measured. The goals:
-2% of a step of 100 ms, and training waits for less than 5% of a synchronous save.
+`python benchmarks/engine_overhead.py` wrote this; its docstring says what is measured. The goals
+are at most 2% of a step of 100 ms, and a wait of less than 5% of a synchronous save.
 """
 
 
@@ -77,7 +77,7 @@ class SleepingStep:
 
 
 def loop_cost(*, steps: int, log_every: int) -> np.ndarray:
-    """Returns the seconds between steps, of a run that logs but does not save on the way."""
+    """Returns the seconds between steps of a run that logs but does not save before its end."""
     devices, step = Devices(), SleepingStep()
     rows = np.ones((256, 128), np.int32)
     batch = {"input_ids": rows, "segments": rows, "rows": np.arange(256, dtype=np.int32)}

@@ -1,12 +1,12 @@
-"""The distillation step and the relation loss on one NVIDIA GPU in bfloat16, beside PyTorch's.
+"""The distillation step and the relation loss on one NVIDIA GPU in bfloat16, against PyTorch's.
 
     pip install -e '.[cuda]' torch
     python benchmarks/gpu.py
 
 BERT-base to 6 × 384 and BERT-large (layer 21) to 12 × 384, at 128 and at 512 tokens, against the
 vectorised PyTorch step with and without torch.compile (benchmarks/_torch_work.py); then
-benchmarks/relation_loss.py in bfloat16. The goals stand beside the figures. Writes
-benchmarks/results/gpu.md; without a GPU its rows say "not measured".
+benchmarks/relation_loss.py in bfloat16. Writes benchmarks/results/gpu.md, with the goals next to
+the figures. Without a GPU its rows say "not measured".
 """
 
 import argparse
@@ -41,18 +41,19 @@ GOALS = "Goals: at least 2× the compiled PyTorch step, at least 50% MFU."
 
 TITLE = """# On one GPU
 
-`python benchmarks/gpu.py` wrote this: the full distillation step of MiniLMv2, bf16 products and
-fp32 parameters, dropout 0.1, AdamW; sections are teacher → student, rows × tokens × relation heads.
-Medians (minimum–maximum) of runs in turn; *memory* is the device's at most, *of the machine* is the
-MFU: model FLOPs (benchmarks/cost_model.py) a second over the published peak of dense bf16 products,
-or over the measured product where the device's peak is not known to us. The relation loss alone
-stands in relation_loss_gpu_bfloat16.md (goal: Pallas at least 10× the plain version at 2,048
-tokens).
+`python benchmarks/gpu.py` wrote this: the full distillation step of MiniLMv2, with bf16 products,
+fp32 parameters, dropout 0.1 and AdamW. Headings give teacher → student and rows × tokens × relation
+heads. Times are medians (minimum–maximum) of runs that take turns. *memory* is the device's peak.
+*of the machine* is the MFU: model FLOPs (benchmarks/cost_model.py) per second over the published
+peak of dense bf16 products, or over a measured product if the device's peak is not known.
+
+The relation loss alone goes to relation_loss_gpu_bfloat16.md (goal: Pallas at least 10× as fast as
+the plain version at 2,048 tokens).
 """
 
 
 def main() -> None:
-    """Measures every pair and batch, or says that nothing was measured."""
+    """Measures every pair and batch, or reports that nothing was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20, help="of timing, for each shape")
     options = parser.parse_args()
@@ -110,7 +111,7 @@ def measured(setting: Setting, *, flops: int, budget: float) -> list[str]:
 
 
 def write_once(folder: Path, config: EncoderConfig, *, seed: int) -> Path:
-    """Returns a folder with random weights, written unless it is there."""
+    """Returns a folder with random weights, written unless it exists."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         _jax_work.write_encoder(folder, config, seed=seed)

@@ -4,8 +4,8 @@
     python benchmarks/gpu_program.py
 
 XLA compiles the step for a GPU that is only described (minilm_jax/train/described.py). Its program
-is a list of operations, each of which reads its operands from memory and writes its result there;
-their sizes are added up. Nothing is run. Writes benchmarks/results/gpu_program.md.
+is a list of operations, each of which reads its operands from memory and writes its result there.
+This script adds up their sizes. Nothing is run. Writes benchmarks/results/gpu_program.md.
 """
 
 import dataclasses
@@ -38,12 +38,13 @@ FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while
 
 TITLE = """# The step's program on an H100
 
-`python benchmarks/gpu_program.py` wrote this: the distillation step compiled by XLA for one H100
-that is not there, bf16 products, dropout 0.1, AdamW. *Moved* is what its operations read from and
-write to the GPU's memory, their operands and results added up. What a kernel reads again, of the
-keys for each block of rows, and what caches save is not in it: it is no time. `plain` is attention
-made of XLA's operations, `auto` takes our kernels; the relation loss has its kernels in both.
-Nothing was run on a GPU.
+`python benchmarks/gpu_program.py` wrote this: the distillation step, compiled by XLA for one H100
+that need not be present, with bf16 products, dropout 0.1 and AdamW. Nothing was run on a GPU.
+
+*Moved* adds up the operands and results of all operations: what they read from and write to the
+GPU's memory. It leaves out what a kernel reads again (the keys, for each block of rows) and what
+caches save, so it is no measure of time. `plain` is attention made of XLA's operations, `auto`
+takes our kernels. The relation loss uses its kernels in both.
 """
 
 

@@ -1,9 +1,9 @@
-"""Useful tokens a second of packed against padded batches, in the real distillation step.
+"""Useful tokens a second of packed and padded batches, in the real distillation step.
 
     python benchmarks/packing.py
 
-Documents have natural (log-normal) lengths that fill about half of a padded batch; both layouts
-come from data/batches.py and run the same compiled step, 4 rows × 512 × 48 relation heads, teacher
+Documents have natural (log-normal) lengths that fill about half of a padded batch. Both layouts
+come from data/batches.py and run the same compiled step: 4 rows × 512 × 48 relation heads, teacher
 and student 6 × 384. Writes benchmarks/results/packing_cpu.md.
 """
 
@@ -30,9 +30,9 @@ GOAL = 1.8
 TITLE = f"""# Packed against padded
 
 `python benchmarks/packing.py` wrote this: the full distillation step, 6 × 384 to 6 × 384, {ROWS}
-rows of {LENGTH} tokens, {HEADS} relation heads, fp32. A run is {STEPS} steps on {STEPS} batches,
-whose time hardly depends on what is in them. Useful tokens are those that are not padding, their
-share that of an epoch. Medians (minimum–maximum) of runs in turn.
+rows of {LENGTH} tokens, {HEADS} relation heads, fp32. A run is {STEPS} steps on {STEPS} batches.
+Its time hardly depends on what is in them. Useful tokens are those that are not padding; their
+share is that of an epoch. Times are medians (minimum–maximum) of runs that take turns.
 """
 
 

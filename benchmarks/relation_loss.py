@@ -1,11 +1,11 @@
-"""Time and memory of the relation loss with its gradients: plain, in blocks and by kernels.
+"""Time and memory of the relation loss with its gradients: plain, blocked and with kernels.
 
     python benchmarks/relation_loss.py
 
-Runs alternate between the implementations, so that whatever else the machine does falls on all of
-them; a ratio is the median of the ratios of neighbouring runs. Memory is XLA's own account of a
-program's temporary buffers. Writes benchmarks/results/relation_loss_<device>.md; what does not run
-on the device, or does not fit into memory, is marked so.
+Runs alternate between the implementations, so that other load on the machine affects all of them.
+A ratio is the median of the ratios of neighbouring runs. Memory is what XLA counts for a program's
+temporary buffers. Writes benchmarks/results/relation_loss_<device>.md, which also marks what does
+not run on the device or does not fit into memory.
 """
 
 import argparse
@@ -42,7 +42,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 class Program(NamedTuple):
-    """A compiled implementation, or why there is none."""
+    """A compiled implementation, or the reason why there is none."""
 
     run: Callable[[], Any] | None
     compile_seconds: float
@@ -144,9 +144,10 @@ def main() -> None:
         "",
         f"{machine()}; inputs {options.dtype}, width 384.",
         "",
-        "`python benchmarks/relation_loss.py` wrote this: medians with quartiles of alternating "
-        "runs; *faster* is the median of the ratios of neighbouring runs; memory is XLA's account "
-        "of temporary buffers, beside which the kernels in C++ have up to some MiB a thread.",
+        "`python benchmarks/relation_loss.py` wrote this. Times are medians (quartiles) of "
+        "alternating runs. *faster* is the median of the ratios of neighbouring runs. *memory* is "
+        "what XLA counts for temporary buffers; the C++ kernels take up to a few MiB per thread "
+        "in addition.",
         "",
         "| rows × tokens × heads | version | ms | faster than plain | memory, MiB | of plain "
         "| compile, s |",

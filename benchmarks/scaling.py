@@ -2,10 +2,10 @@
 
     python benchmarks/scaling.py
 
-Emulated devices share the machine's cores, so this measures overhead, not speed-up: ideal is the
-time of one device. The full distillation step, 6 × 384 to 6 × 384, 16 rows × 128 × 12 relation
-heads over all devices, lifted by pmap and over a mesh; processes talk over loopback. Writes
-benchmarks/results/scaling_cpu.md.
+Emulated devices share the machine's cores, so this measures overhead, not speed-up; the ideal is
+the time of one device. It runs the full distillation step, 6 × 384 to 6 × 384, 16 rows × 128 × 12
+relation heads over all devices, lifted by pmap and over a mesh. Processes talk over loopback.
+Writes benchmarks/results/scaling_cpu.md.
 """
 
 import argparse
@@ -37,13 +37,13 @@ TITLE = """# The same batch on more devices
 
 `python benchmarks/scaling.py` wrote this: the full distillation step, 6 × 384 to 6 × 384, 16 × 128
 × 12 relation heads over all devices, fp32. The devices are emulated and share the machine's cores:
-this is what dividing a batch costs, not what more hardware gives. Medians (minimum–maximum) of
-steps of one layout after another.
+this is what dividing a batch costs, not what more hardware gives. Times are medians
+(minimum–maximum) of steps, one layout after another.
 """
 
 
 def main() -> None:
-    """Measures every layout and writes the table, or is one of the processes measured."""
+    """Measures every layout and writes the table, or runs one of the measured processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--process", help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
-"""Sentences a second of this library's encoder against sentence-transformers, text to embedding.
+"""Sentences a second, from text to embedding, compared with sentence-transformers.
 
     pip install -e '.[torch]' sentence-transformers
     python benchmarks/sentence_encoding.py MODEL
 
 MODEL is a sentence-transformers folder with mean pooling, such as all-MiniLM-L6-v2. Both sides
-tokenise the same sentences, sort them by length, encode them in batches of 32, pool and bring the
-embeddings back to their order; ours pads to multiples of 32 so that few shapes are compiled. The
-embeddings must agree to 1e-4. Writes benchmarks/results/sentence_encoding_cpu.md.
+tokenise the same sentences, sort them by length, encode them in batches of 32, pool, and restore
+the original order. Ours pads to multiples of 32 so that few shapes are compiled. The embeddings
+must agree to 1e-4. Writes benchmarks/results/sentence_encoding_cpu.md.
 """
 
 import argparse
@@ -25,10 +25,11 @@ SENTENCES = 500
 
 TITLE = """# Sentence encoding
 
-`python benchmarks/sentence_encoding.py MODEL` wrote this: text to embedding, tokenising included,
-of sentences of Python's documentation, on sentence-transformers/all-MiniLM-L6-v2 (6 × 384), fp32.
-Medians (minimum–maximum) of runs over all sentences, in turn; *first* is the first run, compilation
-included; *memory* is the process's resident peak while it runs, libraries included.
+`python benchmarks/sentence_encoding.py MODEL` wrote this: from text to embedding, tokenising
+included, for sentences of Python's documentation, with sentence-transformers/all-MiniLM-L6-v2
+(6 × 384), fp32. A run covers all sentences; times are medians (minimum–maximum) of runs that take
+turns. *first* is the first run, compilation included. *memory* is the process's peak resident
+memory while it runs, libraries included.
 """
 
 
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def sentences(count: int) -> list[str]:
-    """Returns sentences of Python's documentation, spread over it."""
+    """Returns sentences from all over Python's documentation."""
     found = [
         " ".join(sentence.split())
         for document in machine_documents()

@@ -1,11 +1,11 @@
-"""How long until the first step is done, and what compiling models of 12 layers takes.
+"""Time to the end of the first step, and time to compile models of 12 layers.
 
     python benchmarks/startup.py
 
-Every figure is of a process of its own. *First step*: from the start of the process to the end of
-the first distillation step (6 × 384 to 6 × 384, 16 × 128 × 48): imports, weights read from disk,
-compilation, an evaluation of the loss as the job makes it, the step. Compilation is measured
-without a cache. Writes benchmarks/results/startup_cpu.md.
+Every figure comes from a process of its own. *First step* runs from the start of the process to
+the end of the first distillation step (6 × 384 to 6 × 384, 16 × 128 × 48). It covers imports,
+reading the weights from disk, compilation, an evaluation of the loss as in the job, and the step.
+Compilation is measured without a cache. Writes benchmarks/results/startup_cpu.md.
 """
 
 import argparse
@@ -38,14 +38,14 @@ from minilm_jax.train.devices import Devices
 
 TITLE = """# Start-up and compilation
 
-`python benchmarks/startup.py` wrote this: medians (minimum–maximum) in seconds, each run a process
-of its own. *First step* is from the start of the process: imports, reading the weights, compiling
-and running an evaluation of the loss, then the step, 6 × 384 to 6 × 384 at 16 × 128 × 48.
+`python benchmarks/startup.py` wrote this: medians (minimum–maximum) in seconds, each run in its own
+process. *First step* starts with the process and covers imports, reading the weights, compiling
+and running an evaluation of the loss, then the step: 6 × 384 to 6 × 384 at 16 × 128 × 48.
 """
 
 
 def main() -> None:
-    """Measures and writes the tables, or is one of the processes that are measured."""
+    """Measures and writes the tables, or runs one of the measured processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--process", nargs=2, metavar=("TASK", "FOLDER"), help=argparse.SUPPRESS)
@@ -79,14 +79,14 @@ def main() -> None:
 
 
 def first_step(folder: str, *, cache: str) -> float:
-    """Returns the seconds a process takes that does one step."""
+    """Returns the seconds that a process takes to do one step."""
     began = time.perf_counter()
     process("first step", folder, cache=cache)
     return time.perf_counter() - began
 
 
 def process(task: str, folder: str, *, cache: str) -> str:
-    """Returns what a process printed that did a task; no cache where its folder is empty."""
+    """Returns what a process printed while doing a task; an empty `cache` means none."""
     done = subprocess.run(
         [sys.executable, __file__, "--process", task, folder],
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache},

@@ -1,12 +1,12 @@
-"""Writes the memory of every published recipe on TPU slices, compiled ahead of time, as a table.
+"""Tabulates the memory of every published recipe on TPU slices, compiled ahead of time.
 
     python benchmarks/tpu_memory.py benchmarks/results/tpu_memory.json [--hardware tpu-v5e-256 …]
     python benchmarks/tpu_memory.py benchmarks/results/tpu_memory.json --table
 
-No TPU is needed, only libtpu; a compilation takes one to two minutes on two cores, half of that
-with `--effort -1`, XLA's lowest, whose program needs more memory: what fits so fits. What the file
-holds already is not compiled again, so the run can be stopped at any time; runs whose compiled step
-is the same (they differ in learning rate, steps or text) are compiled once.
+No TPU is needed, only libtpu. A compilation takes one to two minutes on two cores. `--effort -1`,
+XLA's lowest, takes half of that; its program needs more memory, so what fits with it fits in any
+case. What the file holds already is not compiled again, so the run can be stopped at any time. Runs
+with the same compiled step (they differ in learning rate, steps or text) are compiled once.
 """
 
 import argparse
@@ -107,9 +107,9 @@ def measure(config: DistillConfig, hardware: str, lift: Lift) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Returns the table as Markdown, in GiB; what was not compiled is named so.
+    """Returns the table as Markdown, in GiB; what was not compiled is marked as not measured.
 
-    † marks what was compiled before the day of the newest, with the code of its time.
+    † marks what was compiled before the newest entry's date, with the code of that time.
     """
     columns = [(hardware, lift) for hardware in HARDWARE for lift in ("pmap", "mesh")]
     heads = [f"{hardware}, {lift}" for hardware, lift in columns]

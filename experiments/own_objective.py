@@ -1,10 +1,10 @@
 """An objective of your own in one file: distil last hidden states instead of relations.
 
 command   minilm-jax distill experiments/own_objective.py
-hardware  as experiments/quickstart.py, whose teacher, text and student it takes
+hardware  as for experiments/quickstart.py, whose teacher, text and student it uses
 
 Everything the engine needs is below; docs/distillation.md explains the pieces. The fields of the
-class are options of the command line (--objective.weight 2).
+class become command-line options (--objective.weight 2).
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from minilm_jax.settings import Weight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenStates(Objective):
-    """Mean squared error of the last hidden states; student and teacher of one width."""
+    """Mean squared error of the last hidden states, for student and teacher of the same width."""
 
     weight: Weight = 1.0
 
     def check(self, teacher, student):
-        """Raises ConfigError where the widths differ."""
+        """Raises ConfigError if the widths differ."""
         if teacher.hidden_size != student.hidden_size:
             raise ConfigError(f"widths differ: {student.hidden_size}, {teacher.hidden_size}")
 

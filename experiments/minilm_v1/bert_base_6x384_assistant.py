@@ -1,13 +1,13 @@
-"""MiniLM, 6×384 from BERT-base by way of a 12×384 assistant.
+"""MiniLM, 6×384 from BERT-base through a 12×384 assistant.
 
 command   minilm-jax distill experiments/minilm_v1/bert_base_6x384_assistant.py
-smoke     the same with :smoke behind the file; seconds, random weights, no network
+smoke     add :smoke to the file name; half a minute, random weights, no network
 corpus    corpora/wikipedia-books, made once by minilm-jax prepare (docs/data.md)
-hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100 with mixed precision
+hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100s with mixed precision
 cost      not measured; `minilm-jax plan` estimates it for your hardware
 paper     MiniLM Table 3 (SQuAD2 F1 / MNLI-m / SST-2, average): 72.7 / 82.4 / 91.2, 82.1
-unsure    The paper restates 400,000 steps for the 6×768 student only; epsilon, clipping and
-          initialisation are not in it (1e-6, 1.0 and random here).
+unsure    The paper states 400,000 steps for the 6×768 student only. It does not give epsilon,
+          clipping or initialisation (here 1e-6, 1.0 and random).
 """
 
 from minilm_jax.jobs.recipes import (

@@ -1,15 +1,15 @@
-"""MiniLM, 6×384 from the authors' own base model by way of the 12×384 student.
+"""MiniLM, 6×384 from the authors' own base model through the 12×384 student.
 
 command   minilm-jax distill experiments/minilm_v1/unilmv2_6x384_assistant.py
-smoke     the same with :smoke behind the file; seconds, random weights, no network
+smoke     add :smoke to the file name; half a minute, random weights, no network
 corpus    corpora/wikipedia-books, made once by minilm-jax prepare (docs/data.md)
-hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100 with mixed precision
+hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100s with mixed precision
 cost      not measured; `minilm-jax plan` estimates it for your hardware
 paper     MiniLM Table 8 (SQuAD2 F1 / MNLI-m / SST-2 / QNLI / CoLA / RTE / MRPC / QQP, average):
           75.6 / 83.3 / 91.5 / 90.5 / 47.5 / 68.8 / 88.9 / 90.6, 79.6
-unsure    The teacher, a UniLMv2-style model of BERT-base's size, was never released: BERT-base
-          stands in its place, and the paper's figures cannot be expected. The paper says the
-          other settings are the 12×384 student's: betas .9/.98 are read from that.
+unsure    The teacher, a UniLMv2-style model of BERT-base's size, was never released. BERT-base
+          takes its place, so do not expect the paper's figures. The paper says that the other
+          settings are those of the 12×384 student; the betas .9/.98 follow from that.
 """
 
 from minilm_jax.jobs.recipes import (

@@ -1,14 +1,14 @@
-"""Multilingual MiniLM, 6×384 from XLM-R base by way of the 12×384 student.
+"""Multilingual MiniLM, 6×384 from XLM-R base through the 12×384 student.
 
 command   minilm-jax distill experiments/minilm_v1/xlmr_base_6x384_assistant.py
-smoke     the same with :smoke behind the file; seconds, random weights, no network
+smoke     add :smoke to the file name; half a minute, random weights, no network
 corpus    corpora/cc100, made once by minilm-jax prepare (docs/data.md)
-hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100 with mixed precision
+hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100s with mixed precision
 cost      not measured; `minilm-jax plan` estimates it for your hardware
 paper     XNLI zero-shot, mean of 15 languages 68.0 (MiniLM Table 11); MLQA F1 / EM 53.7 / 36.6
           (Table 13)
-unsure    The corpus is XLM-R's by the paper's words, CC-100 by implication; its sampling exponent
-          (0.3 here, XLM-R's) is not stated. The teacher was the v0 release of XLM-R base.
+unsure    The paper names XLM-R's corpus, which implies CC-100. It does not state the sampling
+          exponent (here 0.3, as in XLM-R). The teacher was the v0 release of XLM-R base.
 """
 
 from minilm_jax.jobs.recipes import (

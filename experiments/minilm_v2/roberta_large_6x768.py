@@ -1,12 +1,12 @@
 """MiniLMv2, 6×768 from RoBERTa-large, layer 19, 64 relation heads.
 
 command   minilm-jax distill experiments/minilm_v2/roberta_large_6x768.py
-smoke     the same with :smoke behind the file; seconds, random weights, no network
+smoke     add :smoke to the file name; half a minute, random weights, no network
 corpus    corpora/roberta-english, made once by minilm-jax prepare (docs/data.md)
-hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100 with mixed precision
+hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100s with mixed precision
 cost      not measured; `minilm-jax plan` estimates it for your hardware
 paper     SQuAD2 F1 81.6, MNLI-m 87.0 (the authors' table of released models)
-unsure    The batch of 256 and the random start are re-implementations' and not read in the paper.
+unsure    The batch of 256 and the random start come from re-implementations, not from the paper.
 """
 
 from minilm_jax.jobs.recipes import (

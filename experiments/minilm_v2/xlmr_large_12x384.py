@@ -1,13 +1,13 @@
 """MiniLMv2, 12×384 from XLM-R large, layer 19, 64 relation heads.
 
 command   minilm-jax distill experiments/minilm_v2/xlmr_large_12x384.py
-smoke     the same with :smoke behind the file; seconds, random weights, no network
+smoke     add :smoke to the file name; half a minute, random weights, no network
 corpus    corpora/cc100, made once by minilm-jax prepare (docs/data.md)
-hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100 with mixed precision
+hardware  a TPU v5e-16 or 8 GPUs; the paper used 8 V100s with mixed precision
 cost      not measured; `minilm-jax plan` estimates it for your hardware
-paper     XNLI zero-shot 72.9, MLQA F1 64.9 (test sets) (the authors' table of released models)
-unsure    Steps and batch of the multilingual students are not published: those of the English
-          ones stand here, with XLM-R's sampling exponent of 0.3.
+paper     XNLI zero-shot 72.9, MLQA F1 64.9 (test sets; the authors' table of released models)
+unsure    Steps and batch of the multilingual students are not published. Here they are those of
+          the English ones, with XLM-R's sampling exponent of 0.3.
 """
 
 from minilm_jax.jobs.recipes import (
