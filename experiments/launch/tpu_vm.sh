@@ -3,9 +3,9 @@
 #
 #   experiments/launch/tpu_vm.sh NAME ZONE experiments/minilm_v2/bert_base_6x384.py [option …]
 #
-# The repository and its environment (pip install -e '.[tpu]') are at ~/minilm_jax on every host;
-# corpora and --output lie on storage that all hosts share. Started again after a preemption, the run
-# continues. Written after Google's and JAX's documentation; not yet run on a slice.
+# The repository and its environment (pip install -e '.[tpu]') must be at ~/minilm_jax on every host,
+# corpora and --output on storage that all hosts share. After a preemption, start it again to continue.
+# It follows the documentation of Google and JAX and has not been run on a slice yet.
 set -euo pipefail
 if [ $# -lt 3 ]; then
     sed -n '2,8p' "$0" >&2

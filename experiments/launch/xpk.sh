@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One run as a job of a GKE cluster with TPUs, by XPK (github.com/AI-Hypercomputer/xpk).
+# One run as a job on a GKE cluster with TPUs, with XPK (github.com/AI-Hypercomputer/xpk).
 #
 #   experiments/launch/xpk.sh CLUSTER ZONE v5litepod-256 IMAGE experiments/… [option …]
 #
-# IMAGE holds the repository at /minilm_jax with its environment; corpora and --output lie on storage
-# that all pods mount. Written after XPK's documentation; not yet run on a cluster.
+# IMAGE must hold the repository and its environment at /minilm_jax; corpora and --output must be on
+# storage that all pods mount. It follows XPK's documentation and has not been run on a cluster yet.
 set -euo pipefail
 if [ $# -lt 5 ]; then
     sed -n '2,7p' "$0" >&2
