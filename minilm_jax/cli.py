@@ -44,15 +44,15 @@ COMMANDS = {
     ),
     "finetune": Command("finetune", ("FinetuneConfig",), "fine-tune on a task", "is the config"),
     "evaluate": Command("evaluate", ("EvaluateConfig",), "score models on tasks"),
-    "plan": Command(
-        "plan", ("PlanConfig",), "memory, FLOPs and time before any is spent", "is its field run"
-    ),
+    "plan": Command("plan", ("PlanConfig",), "estimate memory, FLOPs and time", "is its field run"),
     "prepare": Command("prepare", ("PrepareConfig",), "tokenise text into a corpus"),
     "inspect": Command("inspect", ("InspectConfig",), "show what a corpus holds"),
     "tokenizer": Command(
         "tokenizer", ("TokenizerConfig",), "learn a new vocabulary", interruption="at once"
     ),
-    "convert": Command("convert", ("ConvertConfig",), "carry a checkpoint in or out"),
+    "convert": Command(
+        "convert", ("ConvertConfig",), "convert a checkpoint between PyTorch and JAX"
+    ),
 }
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """A file that cannot be written or read for the disk's sake; the same command can go on then."""
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         said = f"{where}{error.strerror}"
         if error.errno in DISK_ERRORS:
-            said += "; mend the disk or make room, and run the same command again"
+            said += "; repair the disk or make room, and run the same command again"
         print(f"minilm-jax: {said}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
@@ -136,7 +136,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
             )
         file, *arguments = arguments
         prog = f"{prog} {file}"
-        experiment = make_way(load_experiment(file), arguments)
+        experiment = drop_overridden(load_experiment(file), arguments)
         kinds: tuple[type, ...] = tuple(configs.values())
         if command.experiment == "is its field run":
             kinds = get_args(get_type_hints(config_class)["run"])
@@ -208,25 +208,25 @@ def _line(error: Exception, file: str) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def make_way(config: Any, options: list[str], *, prefix: str = "--") -> Any:
+def drop_overridden(config: Any, options: list[str], *, prefix: str = "--") -> Any:
     """Returns an experiment without the settings that an option takes the place of.
 
     Of some fields exactly one is given, such as raw text or prepared corpora: an option for one
-    takes the place of the other. A config with such fields has a method `make_way(names)`.
+    takes the place of the other. A config with such fields has a method `drop_overridden(names)`.
     """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return config
     changes = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        made = make_way(value, options, prefix=f"{prefix}{field.name}.")
+        made = drop_overridden(value, options, prefix=f"{prefix}{field.name}.")
         if made is not value:
             changes[field.name] = made
     if changes:
         config = dataclasses.replace(config, **changes)
-    if hasattr(config, "make_way"):
+    if hasattr(config, "drop_overridden"):
         options = [option.removeprefix(prefix) for option in options if option.startswith(prefix)]
-        config = config.make_way({re.split("[.=]", option)[0] for option in options})
+        config = config.drop_overridden({re.split("[.=]", option)[0] for option in options})
     return config
 
 
@@ -236,7 +236,10 @@ def usage() -> str:
     for name, command in COMMANDS.items():
         takes = f"{name} EXPERIMENT" if command.experiment else name
         lines.append(f"  {takes:<22} {command.summary}")
-    lines += ["", "minilm-jax COMMAND … --help shows every option; --version the version."]
+    lines += [
+        "",
+        "minilm-jax COMMAND … --help lists its options; minilm-jax --version prints the version.",
+    ]
     return "\n".join(lines)
 
 

@@ -125,7 +125,7 @@ def _complaint(value: Any, declared: Any) -> str:
     if kind is tuple and isinstance(value, tuple):
         each = parts[:1] * len(value) if parts[-1:] == (...,) else parts
         if len(value) != len(each):
-            return f" is {value!r}, where {len(each)} values belong"
+            return f" is {value!r}, expected {len(each)} values"
         complaints = [_complaint(one, wanted) for one, wanted in zip(value, each, strict=True)]
         return next(filter(None, complaints), "")
     wanted = kind or declared
@@ -136,7 +136,7 @@ def _complaint(value: Any, declared: Any) -> str:
     if fits and not (isinstance(value, bool) and wanted in (int, float)):
         return ""
     article = "an" if wanted.__name__[0].lower() in "aeiou" else "a"
-    return f" is {value!r}, where {article} {wanted.__name__} belongs"
+    return f" is {value!r}, expected {article} {wanted.__name__}"
 
 
 def _listed(value: Any, choices: tuple[Any, ...]) -> str:

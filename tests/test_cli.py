@@ -197,7 +197,7 @@ def test_a_full_disk_is_told_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(convert, "run", fill)
     assert cli.main(["convert", "source", "target"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("minilm-jax: metrics.jsonl: No space left on device; mend the disk")
+    assert said.startswith("minilm-jax: metrics.jsonl: No space left on device; repair the disk")
 
 
 def test_a_file_that_may_not_be_read_is_told_in_a_sentence(monkeypatch, capsys):

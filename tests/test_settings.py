@@ -33,14 +33,14 @@ class Outer(Inner):
 @pytest.mark.parametrize(
     "given,message",
     [
-        ({"output": "runs/x"}, "output is 'runs/x', where a Path belongs"),
-        ({"steps": 6.0}, "steps is 6.0, where an int belongs"),
-        ({"steps": True}, "steps is True, where an int belongs"),
-        ({"flag": 1}, "flag is 1, where a bool belongs"),
-        ({"rate": "1e-3"}, "rate is '1e-3', where a float belongs"),
+        ({"output": "runs/x"}, "output is 'runs/x', expected a Path"),
+        ({"steps": 6.0}, "steps is 6.0, expected an int"),
+        ({"steps": True}, "steps is True, expected an int"),
+        ({"flag": 1}, "flag is 1, expected a bool"),
+        ({"rate": "1e-3"}, "rate is '1e-3', expected a float"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"limit": -1}, "limit must be at least 0, got -1"),
-        ({"limit": "3"}, "limit is '3', where an int belongs"),
+        ({"limit": "3"}, "limit is '3', expected an int"),
         ({"rate": 1.0}, "rate must be at least 0 and below 1, got 1.0"),
         ({"rate": math.nan}, "rate must be at least 0 and below 1, got nan"),
         ({"share": math.nan}, "share must be above 0 and at most 1 and finite, got nan"),
@@ -49,9 +49,9 @@ class Outer(Inner):
             "start is 'techer', which is none of random, teacher; did you mean 'teacher'?",
         ),
         ({"pairs": (("qk", 1.0), ("qs", 1.0))}, "pairs is 'qs', which is none of qk, vv"),
-        ({"pairs": (("qk",),)}, "pairs is ('qk',), where 2 values belong"),
-        ({"pairs": "qk"}, "pairs is 'qk', where a tuple belongs"),
-        ({"inner": 3}, "inner is 3, where an Inner belongs"),
+        ({"pairs": (("qk",),)}, "pairs is ('qk',), expected 2 values"),
+        ({"pairs": "qk"}, "pairs is 'qk', expected a tuple"),
+        ({"inner": 3}, "inner is 3, expected an Inner"),
     ],
 )
 def test_a_setting_that_is_not_what_it_is_declared_as_is_refused(given, message):

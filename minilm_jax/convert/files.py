@@ -197,4 +197,4 @@ def refuse_disguise(path: Path | str, head: bytes) -> None:
     start = head.lstrip()[:64].lower()
     for magic, what in _DISGUISES:
         if head.startswith(magic) or start.startswith(magic):
-            raise CheckpointError(f"{path} holds not what its name says but {what}")
+            raise CheckpointError(f"{path} does not match its name: it holds {what}")

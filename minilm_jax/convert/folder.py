@@ -233,8 +233,8 @@ def _check_buffer(weights: Weights, name: str) -> None:
     expected = np.zeros_like(array) if "token_type" in name else np.arange(array.size)
     if not np.array_equal(array, expected):
         raise CheckpointError(
-            f"{weights.owners[name].path}: buffer {name!r} is not the usual one; "
-            f"this model computes something else"
+            f"{weights.owners[name].path}: buffer {name!r} has values other than the usual ones; "
+            "this model computes something else"
         )
 
 

@@ -108,7 +108,7 @@ _NEVER = {
     "auto_map": "names code in the repository, which is never executed here; "
     "remove the key if the weights are those of the standard architecture",
     "quantization_config": "says that the weights are quantised, which is not read; "
-    "convert the model from before, or what `model.dequantize()` and save_pretrained write",
+    "convert the unquantised model, or what `model.dequantize()` and `save_pretrained()` write",
 }
 
 

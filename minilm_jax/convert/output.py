@@ -99,7 +99,9 @@ def replace_folder(
 def _refuse_work_of_others(folder: Path) -> None:
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not empty and not is_own_output(folder):
-        raise CheckpointError(f"{folder} exists and is no untouched output of ours: choose another")
+        raise CheckpointError(
+            f"{folder} exists and is no unmodified output of this command: choose another"
+        )
 
 
 def _write_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:

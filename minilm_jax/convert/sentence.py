@@ -67,7 +67,7 @@ def read_sentence(folder: Path, *, max_length: int) -> Sentence | None:
             f"delete the file to convert the encoder alone"
         )
     if modules[0].get("path") != "" or modules[1].get("path") != "1_Pooling":
-        raise CheckpointError(f"{file}: the modules lie in other folders than '' and '1_Pooling'")
+        raise CheckpointError(f"{file}: the folders of the modules must be '' and '1_Pooling'")
     pooling = read_json(folder / _POOLING)
     limits = next((folder / f for f in (_LIMITS, *_OLDER_LIMITS) if (folder / f).exists()), None)
     given = read_json(limits) if limits else {}

@@ -404,9 +404,12 @@ def _refuse_what_is_no_tensor(path: Path, state: dict[Any, Any], tensor: type) -
             if isinstance(held, dict) and held and all(isinstance(v, tensor) for v in held.values())
         ]
         raise CheckpointError(
-            f"{path}: {name!r:.200} is a {type(value).__name__}, no tensor by its name; "
-            + (f"save what stands under {inner[0]!r:.80}" if inner else "save model.state_dict()")
-            + " alone"
+            f"{path}: {name!r:.200} is a {type(value).__name__}, not a tensor; "
+            + (
+                f"save only the value of {inner[0]!r:.80}"
+                if inner
+                else "save only model.state_dict()"
+            )
         )
 
 

@@ -436,19 +436,19 @@ def _raise(errors: list[Exception], output: Path) -> None:
     for error in errors:
         if isinstance(error, OSError):
             raise DataError(
-                f"{output}: cannot be written ({error.strerror or error}); what is prepared stays:"
-                " make room and run the same command again"
+                f"{output}: cannot be written ({error.strerror or error}); finished shards are"
+                " kept: make room and run the same command again"
             ) from error
         if isinstance(error, BrokenProcessPool):
             raise DataError(
-                f"{output}: a worker process was killed, often for want of memory, or a script"
-                ' without `if __name__ == "__main__":` started it; what is prepared stays: run the'
-                " same command again, with fewer workers"
+                f"{output}: a worker process was killed, often because memory ran out, or a script"
+                ' without `if __name__ == "__main__":` started it; finished shards are kept: run'
+                " the same command again, with fewer workers"
             ) from error
         if not isinstance(error, DataError):
             raise error
     more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
-    raise DataError(f"{errors[0]}{more}; what is prepared stays") from errors[0]
+    raise DataError(f"{errors[0]}{more}; finished shards are kept") from errors[0]
 
 
 def check_guarded() -> None:

@@ -82,7 +82,7 @@ def _objects(
         if line is None or not line.strip():
             continue
         if position == 0 and line.lstrip().startswith("["):
-            raise DataError(f"{stretch.path}: is one JSON array; write one object a line instead")
+            raise DataError(f"{stretch.path}: is one JSON array; write one object per line")
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

@@ -156,7 +156,7 @@ def read_part(part: Part, *, skipped: Counter[str]) -> Iterator[Document]:
         except readers.BrokenFileError as error:
             if part.source.broken_files == "stop":
                 raise DataError(
-                    f"{stretch.path}: {error}; mend the file, or set broken_files to keep"
+                    f"{stretch.path}: {error}; repair the file, or set broken_files to keep"
                     " to go on with what can be read"
                 ) from error
             skipped["broken file"] += 1
@@ -211,7 +211,9 @@ def _whole_file(path: Path, format: Format) -> Stretch:
     try:
         status = path.stat()
     except OSError as error:  # such as a link that leads nowhere
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); repair or remove it"
+        ) from error
     version = f"{status.st_size}-{status.st_mtime_ns}"
     return Stretch(str(path), format, size=status.st_size, version=version)
 
@@ -262,8 +264,8 @@ def _files(source: TextSource) -> Iterator[tuple[Path, Format]]:
                     yield file, format
         if count == 0 and source.format not in ("auto", "huggingface"):
             raise DataError(
-                f"{pattern}: by its ending no file is {source.format}; name a file in full to have"
-                " it read so, or choose format auto"
+                f"{pattern}: no file ends as {source.format} does; name the file in full to have it"
+                " read as that, or choose format auto"
             )
         if count == 0:
             raise DataError(

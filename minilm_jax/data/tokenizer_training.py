@@ -86,7 +86,7 @@ def train_wordpiece(
     if len(vocab) > vocab_size:
         raise DataError(
             f"vocab_size is {vocab_size}: the text's characters alone take {len(vocab):,} pieces; "
-            "give at least so many"
+            "give at least that many"
         )
     with _new_folder(output) as folder:
         pieces = sorted(vocab, key=lambda piece: vocab[piece])
@@ -178,7 +178,7 @@ def _why_refused(error: str) -> str:
     if found := re.search(r"smaller than required_chars\. -?\d+ vs (\d+)", error):
         least = int(found[1]) + _ADDED_BY_XLMR
         return (
-            f"the text's characters alone take {least:,} pieces; give at least so many, or a "
+            f"the text's characters alone take {least:,} pieces; give at least that many, or a "
             "smaller character_coverage"
         )
     reason = error.strip().splitlines()[-1]

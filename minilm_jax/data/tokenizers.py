@@ -230,7 +230,7 @@ def _stretches(text: str, *, keep_space: bool) -> list[str]:
     return [*stretches, text[begin:]]
 
 
-class OtherRulesError(DataError):
+class UnsupportedTokenizerError(DataError):
     """A tokenizer that is right, and divides text by rules that are not rebuilt here."""
 
 
@@ -243,7 +243,8 @@ def load_tokenizer(folder: str | Path, *, vocab_size: int | None = None) -> Toke
         vocab_size: Rows of the model's embedding table, to be compared with.
 
     Raises:
-        OtherRulesError: It is XLM's, or a BERT's for Japanese, or another that is not rebuilt here.
+        UnsupportedTokenizerError: It is XLM's, or a BERT's for Japanese, or another whose rules are
+            not rebuilt here.
         DataError: No tokenizer is there, it is broken, has more ids than the model has rows or
             so few that it belongs to another model, or knows no word at all.
     """
@@ -427,9 +428,9 @@ _OTHER_RULES = ("BertJapaneseTokenizer", "BertweetTokenizer", "PhobertTokenizer"
 def _load_vocab_txt(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json")
     if (name := settings.get("tokenizer_class")) in _OTHER_RULES:
-        raise OtherRulesError(
-            f"{folder}: {name} divides words by rules that are not rebuilt here: its models can be"
-            " converted, not distilled, fine-tuned or evaluated"
+        raise UnsupportedTokenizerError(
+            f"{folder}: {name} divides words by rules that are not supported here: its models can"
+            " be converted, but not distilled, fine-tuned or evaluated"
         )
     lines = (folder / "vocab.txt").read_text("utf-8").split("\n")
     pieces = [line.rstrip("\r") for line in lines]
@@ -487,9 +488,9 @@ def _load_merges(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     # one after a space.
     vocab = _read_json(folder / "vocab.json")
     if sum(piece.endswith("</w>") for piece in vocab) > sum(piece[:1] == "Ġ" for piece in vocab):
-        raise OtherRulesError(
-            f"{folder}: vocab.json and merges.txt are XLM's, whose own BPE is not rebuilt here: XLM"
-            " models can be converted, not distilled, fine-tuned or evaluated"
+        raise UnsupportedTokenizerError(
+            f"{folder}: vocab.json and merges.txt are XLM's, whose own BPE is not supported here:"
+            " XLM models can be converted, but not distilled, fine-tuned or evaluated"
         )
     settings = _read_json(folder / "tokenizer_config.json")
     prefix = bool(settings.get("add_prefix_space", False))

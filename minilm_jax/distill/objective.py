@@ -61,7 +61,7 @@ class Objective(Settings, name="objective"):
         """Returns what a run calls its held-out loss."""
         return "loss"
 
-    def written_out(self) -> "Objective":
+    def for_flop_count(self) -> "Objective":
         """Returns the same loss without loops of unknown length, whose FLOPs can be counted."""
         return self
 

@@ -137,7 +137,7 @@ class RelationObjective(Objective):
         """Returns the paper's name of it, where it is nothing else."""
         return "loss" if self.value_mse else "relation KL, mean over documents"
 
-    def written_out(self) -> "RelationObjective":
+    def for_flop_count(self) -> "RelationObjective":
         """Returns the loss with its relations materialised: blocks go as far as rows are long."""
         return dataclasses.replace(self, implementation="reference")
 

@@ -31,7 +31,7 @@ from minilm_jax.convert.verify import (
 from minilm_jax.data.tokenizers import (
     SENTENCEPIECE_FILE,
     TOKENIZER_FILES,
-    OtherRulesError,
+    UnsupportedTokenizerError,
     load_tokenizer,
 )
 from minilm_jax.errors import CheckpointError, ConfigError, DataError
@@ -45,20 +45,20 @@ class ConvertConfig(Settings):
     source: tyro.conf.Positional[str]
     """Folder, weight file beside its config, or Hub id (org/name, org/name@revision)."""
     target: tyro.conf.Positional[Path]
-    """Folder to write; an existing one is replaced only if it is an untouched output of ours."""
+    """Output folder. An existing one is replaced only if it is an unmodified output of this one."""
     to: Literal["huggingface", "orbax", "export"] = "huggingface"
     """Hugging Face folder, Orbax checkpoint, or portable jax.export function (both fp32)."""
     dtype: Dtype = "source"
-    """Of the weights in a Hugging Face folder; `source` keeps each tensor's own."""
+    """dtype of the weights in a Hugging Face folder; `source` keeps each tensor's own."""
     verify: bool = False
     """Compare the result byte for byte, and layer by layer with PyTorch where it is installed."""
     heads: tuple[str, ...] | None = None
-    """Heads to convert: pooler, mlm, sequence_classifier, …; all there are without --heads, and
-    with an empty one the encoder alone."""
+    """Heads to convert (pooler, mlm, sequence_classifier, …). Default: all. An empty list converts
+    the encoder alone."""
     sha256: str | None = None
-    """What the source's weights must hash to; checked before they are parsed."""
+    """Expected SHA-256 of the source's weights, checked before they are parsed."""
     tokenizer: Literal["copy", "none"] = "copy"
-    """Whether the source's tokenizer is checked against the vocabulary and written along."""
+    """Whether to check the source's tokenizer against the vocabulary and copy it."""
     allow_nonfinite: bool = False
     """Convert weights that hold NaN or infinity instead of refusing them."""
     max_shard_gb: Annotated[float, above(0), below(1_000_000)] = 2.0
@@ -148,7 +148,7 @@ def _tokenizer(model: Model, config: ConvertConfig, scratch: Path) -> tuple[Path
         return _xlm_tokenizer(model, folder)
     try:
         return load_tokenizer(folder, vocab_size=model.config.vocab_size).files
-    except OtherRulesError:
+    except UnsupportedTokenizerError:
         return _files(folder)
     except DataError as error:
         raise CheckpointError(f"{error}; --tokenizer none leaves it out") from error

@@ -61,7 +61,7 @@ class TextConfig(Settings, name="text"):
         if (self.source is None) == (not self.corpora):
             raise ConfigError(_ONE_TEXT)
 
-    def make_way(self, names: Set[str]) -> "TextConfig":
+    def drop_overridden(self, names: Set[str]) -> "TextConfig":
         """Returns the text for a command line that gives the fields `names`.
 
         Of source and corpora the one that is not given goes; the other is named, for the command

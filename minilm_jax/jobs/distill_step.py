@@ -114,7 +114,7 @@ def step_flops(config: DistillConfig, teacher: Model, length: int) -> int:
       teacher: its parameters may be shapes.
       length: tokens of a row.
     """
-    objective = config.objective.written_out()
+    objective = config.objective.for_flop_count()
     config = dataclasses.replace(config, objective=objective)
     start = functools.partial(initial_params, config, teacher.config)
     return gradient_flops(

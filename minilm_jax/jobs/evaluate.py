@@ -129,7 +129,7 @@ def model_names(config: EvaluateConfig) -> list[str]:
     if config.name:
         if len(config.models) > 1:
             raise ConfigError(
-                f"name={config.name} cannot stand for {len(config.models)} models: evaluate each "
+                f"name={config.name} cannot name {len(config.models)} models: evaluate each "
                 "by itself, or leave the name out"
             )
         return [config.name]

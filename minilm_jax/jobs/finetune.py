@@ -104,7 +104,7 @@ def _run(
     if (config.output / RESULT).exists():
         with own_folder(config.output, described, override=config.override):
             result = FinetuneResult(**read_json(config.output / RESULT))
-        say(f"{config.output} is finished ({result.steps} steps); nothing left to do.")
+        say(f"{config.output} is finished ({result.steps} steps); nothing to do.")
         _summarise(config, result, say)
         return result
     training = _Training(

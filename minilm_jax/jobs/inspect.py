@@ -15,7 +15,7 @@ _SHOWN_CHARACTERS = 600
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(Settings):
-    """A look into a prepared corpus."""
+    """Show what a prepared corpus holds."""
 
     corpus: Path
     """Folder made by `minilm-jax prepare`."""

@@ -15,7 +15,7 @@ from minilm_jax.signals import stoppable
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Settings):
-    """One corpus. Run the same command again to go on after an interruption."""
+    """Tokenise text into a corpus. Run the same command again to resume."""
 
     source: TextSource
     """The text."""
@@ -24,12 +24,12 @@ class PrepareConfig(Settings):
     output: Path
     """Folder of the corpus."""
     workers: Count | None = None
-    """Processes; 0 works in this one, None takes one for each core."""
+    """Worker processes; 0 works in this process, None starts one per core."""
     heldout: Rate = 0.01
-    """Share of the documents, chosen by a hash of their text, that is kept out of training;
-    distillation measures its loss on them, and is refused where there are none."""
+    """Share of documents held out of training, chosen by a hash of their text. Distillation
+    measures its loss on them and needs at least one."""
     shard_tokens: Positive = 64 << 20
-    """Tokens of a shard; an interruption loses at most the shard in the making, per worker."""
+    """Tokens per shard. An interruption loses at most one unfinished shard per worker."""
 
 
 def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifest:

@@ -64,7 +64,7 @@ def open_devices(config: EngineConfig, *, batch_size: int) -> Devices:
 def describe_devices(devices: Devices) -> str:
     """Returns how many devices of which kind, for what a job says when it starts."""
     slow = _of_cpus(devices) and not native.load("attention")
-    told = ", without the kernels in C++ (README)" if slow else ""
+    told = ", without C++ kernels: no working compiler (README)" if slow else ""
     return f"{devices.count} × {devices.devices[0].device_kind}{told}"
 
 

@@ -14,7 +14,7 @@ from minilm_jax.settings import Positive, Settings
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Settings):
-    """A new vocabulary."""
+    """Learn a new vocabulary."""
 
     source: TextSource
     """The text."""
@@ -29,7 +29,7 @@ class TokenizerConfig(Settings):
     character_coverage: float = 0.9995
     """For sentencepiece: share of the characters that get a piece."""
     longest_input: Positive = 512
-    """Tokens that models of this vocabulary take, for transformers."""
+    """Maximum input length, recorded for transformers."""
 
 
 def run(config: TokenizerConfig, *, say: Callable[[str], None] = print) -> Tokenizer:

@@ -39,7 +39,7 @@ class TaskBatches:
     ) -> None:
         """Takes the rows; they are padded when a batch is made."""
         if not features:
-            raise DataError("no row is left to train on or to score")
+            raise DataError("no example is left to train on or to score")
         self.features = features
         self.config = config
         self._max_length = max_length

@@ -114,6 +114,6 @@ def check_examples(
     repeated = [i for i, count in ids.items() if count > 1]
     if repeated:
         raise DataError(
-            f"{file}: the id {repeated[0]!r} stands there {ids[repeated[0]]} times"
+            f"{file}: the id {repeated[0]!r} occurs {ids[repeated[0]]} times"
             f" ({len(repeated):,} such ids); give each example its own"
         )

@@ -88,9 +88,7 @@ def read_tsv(
             )
         twice = [name for name in needs if names.count(name) > 1]
         if twice:
-            raise DataError(
-                f"{path}:1: column {twice[0]!r} stands there twice; remove or rename one"
-            )
+            raise DataError(f"{path}:1: column {twice[0]!r} occurs twice; remove or rename one")
     for origin, line in lines:
         cells = line.split("\t")
         if len(cells) != len(names):
@@ -98,12 +96,12 @@ def read_tsv(
                 continue
             if ragged == "refuse":
                 raise DataError(
-                    f"{origin}: {len(cells)} columns where {len(names)} belong"
+                    f"{origin}: {len(cells)} columns instead of {len(names)}"
                     f" ({', '.join(names)}); a tab is missing, or a tab or a line end stands"
                     " inside a text"
                 )
             if skips is not None:
-                skips.add(f"{len(cells)} columns where {len(names)} belong", origin)
+                skips.add(f"{len(cells)} columns instead of {len(names)}", origin)
             continue
         yield Row(origin, dict(zip(names, cells, strict=True)))
 
@@ -116,9 +114,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{origin}: is not JSON ({error}); one object a line belongs") from None
+            raise DataError(
+                f"{origin}: is not JSON ({error}); expected one object per line"
+            ) from None
         if not isinstance(value, dict):
-            raise DataError(f"{origin}: is a {type(value).__name__}; one object a line belongs")
+            raise DataError(f"{origin}: is a {type(value).__name__}; expected one object per line")
         _check_characters(line, value, origin)
         yield origin, value
 
@@ -147,6 +147,6 @@ def _check_characters(text: str, value: Any, origin: str) -> None:
     if found:
         near = said[max(found.start() - 20, 0) : found.end() + 20]
         raise DataError(
-            f"{origin}: half of a surrogate pair, which is no character, stands in {near!a}; write"
-            " the whole one or remove it"
+            f"{origin}: {near!a} contains half of a surrogate pair; write the full character or"
+            " remove it"
         )

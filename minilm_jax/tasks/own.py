@@ -45,13 +45,13 @@ def read_texts(
         said = _given(row, "label")
         if said is None:
             if not hidden:
-                raise DataError(f"{origin}: label is missing; a class name belongs there")
+                raise DataError(f"{origin}: label is missing; expected a class name")
             label = None
         else:
             if isinstance(said, list | dict):
                 raise DataError(
-                    f"{origin}: label {json.dumps(said):.60} is a {type(said).__name__}; one class"
-                    " name belongs there"
+                    f"{origin}: label {json.dumps(said):.60} is a {type(said).__name__};"
+                    " expected one class name"
                 )
             _check_cell("label", said, origin)
             if str(said) != str(said).strip():
@@ -80,10 +80,10 @@ def label_names(examples: list[TextExample], *, name: str) -> tuple[str, ...]:
     """Returns the classes of a training set in alphabetical order."""
     labels = sorted({str(e.label) for e in examples})
     if len(labels) < 2:
-        raise DataError(f"{name}: all labels are {labels[0]!r}; at least two classes belong there")
+        raise DataError(f"{name}: all labels are {labels[0]!r}; at least two classes are needed")
     for one, other in itertools.combinations(labels, 2):
         if one.casefold() == other.casefold():
-            raise DataError(f"{name}: labels {one!r} and {other!r} differ in case alone")
+            raise DataError(f"{name}: labels {one!r} and {other!r} differ only in case")
     return tuple(labels)
 
 
@@ -203,8 +203,8 @@ def _check_cell(key: str, value: Any, origin: str) -> None:
     """Raises DataError where a value is no cell of the .tsv that predictions are written to."""
     if re.search(r"[\t\r\n]", str(value)):
         raise DataError(
-            f"{origin}: {key} {value!r:.60} holds a tab or a line end; predictions are written as"
-            " .tsv: remove it"
+            f"{origin}: {key} {value!r:.60} contains a tab or a line break, which a .tsv of"
+            " predictions cannot hold: remove it"
         )
 
 

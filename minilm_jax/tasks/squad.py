@@ -51,7 +51,9 @@ def read_squad(
         marked = marked or "is_impossible" in qa
         impossible = qa.get("is_impossible") or False
         if impossible not in (True, False):
-            raise DataError(f"{origin}: is_impossible is {impossible!r:.40}; true or false belongs")
+            raise DataError(
+                f"{origin}: is_impossible is {impossible!r:.40}; expected true or false"
+            )
         question = _text(qa, "question", origin)
         if not question.strip():
             raise DataError(f"{origin}: the question is empty; write one or remove it")
@@ -59,7 +61,7 @@ def read_squad(
         answers = () if impossible else gold_answers(qa, origin, hidden=hidden)
         if impossible and version == "1.1":
             raise DataError(
-                f"{origin}: is_impossible stands in SQuAD 2.0 only; take task squad2 or the file"
+                f"{origin}: is_impossible occurs only in SQuAD 2.0; take task squad2 or the file"
                 " of version 1.1"
             )
         if purpose == "train" and not impossible:
@@ -127,12 +129,12 @@ def gold_answers(qa: dict[str, Any], origin: str, *, hidden: bool) -> tuple[Answ
         if hidden:
             return None
         raise DataError(
-            f"{origin}: answers is missing beside {', '.join(qa)}; a list belongs there, empty"
+            f"{origin}: answers is missing beside {', '.join(qa)}; expected a list, empty"
             " where the context does not answer the question"
         )
     if not isinstance(answers, list):
         raise DataError(
-            f"{origin}: answers is a {type(answers).__name__}; a list belongs there, of objects"
+            f"{origin}: answers is a {type(answers).__name__}; expected a list of objects"
             ' such as {"text": "Rome", "answer_start": 3}'
         )
     found = []

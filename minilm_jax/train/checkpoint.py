@@ -142,7 +142,7 @@ class Checkpoints:
         if begun:
             raise CheckpointError(
                 f"{self.folder}: every checkpoint is damaged, see the warnings above; they were "
-                "kept there as unreadable-STEP, and the next start begins anew"
+                "moved to unreadable-STEP, and the next start begins from step 0"
             )
         return None
 
@@ -204,8 +204,8 @@ class Checkpoints:
         if any_process(failure is not None):
             reason = first_line(failure) if failure else "it failed in another process"
             raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} cannot be taken up: {reason}; it is left as "
-                "it is: mend that and run the same command, or choose another --output"
+                f"checkpoint {self.folder / str(step)} cannot be restored: {reason}; it was "
+                "not changed. Fix the cause and run the same command, or choose another --output"
             ) from failure
         return result
 
@@ -242,8 +242,8 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(
                 f"{self.folder}: a checkpoint could not be written ({first_line(error)}); those "
-                "before it are intact: make sure that the disk has room and can be written to, "
-                "and run the same command to continue"
+                "before it are intact: check that the disk is writable and has space, and run the "
+                "same command to continue"
             ) from error
 
     def _set_aside(self, step: int, reason: str) -> None:
@@ -290,7 +290,7 @@ def _refuse_another_state(stored: Any, target: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise CheckpointError(
-            f"it holds another state ({len(changed)} arrays differ: {', '.join(changed[:2])})"
+            f"its arrays differ from this run's ({len(changed)}: {', '.join(changed[:2])})"
         )
 
 

@@ -12,18 +12,18 @@ from minilm_jax.train.trackers import TrackerName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig(Settings, name="train"):
-    """How a run trains, whatever it trains and however long."""
+    """How a run trains."""
 
     seed: Count = 0
-    """Of data order, dropout and initialisation."""
+    """Seed of data order, dropout and initialisation."""
     accumulate: Positive = 1
-    """Micro-batches a step; memory falls, numbers stay."""
+    """Micro-batches per step: less memory, same results."""
     lift: Lift = "pmap"
     """pmap: data parallel. mesh: jit over data × fsdp."""
     fsdp: Positive = 1
     """Devices a parameter is sharded over; needs lift=mesh."""
     devices: Positive | None = None
-    """How many devices to take; all where absent."""
+    """Number of devices; default: all."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite ends the run, or its update is skipped."""
     log_every: Positive = 100
@@ -31,9 +31,9 @@ class EngineConfig(Settings, name="train"):
     save_every: Positive = 1000
     """Steps between checkpoints."""
     keep: Positive = 2
-    """The latest checkpoints kept, beside the best where there is one."""
+    """How many of the latest checkpoints to keep, in addition to the best."""
     trackers: tuple[TrackerName, ...] = ()
-    """Where else the metrics go; each is an extra to install."""
+    """Extra places to log metrics; each needs its extra installed."""
     profile: tuple[Positive, Positive] | None = None
     """(first step from 1, number of steps) to trace into OUTPUT/profile."""
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
@@ -42,12 +42,12 @@ class EngineConfig(Settings, name="train"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(EngineConfig):
-    """How long a run trains too, and what it measures on the way."""
+    """Length of a run and its evaluations."""
 
     steps: Positive = 400_000
     """Optimizer steps of the whole run."""
     evaluate_every: Count = 0
-    """Steps between evaluations, each with a checkpoint; 0: none."""
+    """Steps between evaluations, each with a checkpoint; 0 disables them."""
     export: Literal["last", "best"] = "last"
     """best: the checkpoint of the lowest held-out loss; needs evaluate_every."""
 

@@ -35,11 +35,11 @@ class HostsConfig(Settings, name="hosts"):
     coordinator: str | None = None
     """host:port of process 0, for explicit."""
     processes: Positive | None = None
-    """How many there are; with auto, how many are expected."""
+    """Number of processes; with auto, the number expected."""
     process: Count | None = None
-    """Which of them this is, from 0, for explicit."""
+    """Index of this process, from 0, for explicit."""
     patience_s: Positive = 300
-    """Seconds the first processes wait for the last."""
+    """Seconds to wait for all processes at start."""
     heartbeat_s: Positive = 100
     """Seconds without a sign of life after which a process counts as dead and all others end."""
 

@@ -200,7 +200,8 @@ def _report(
         return
     if all(metrics["grad_norm"] == 0.0 for metrics in fetched):
         log.warning(
-            "the gradient is exactly 0 up to step %d: the loss does not depend on what is trained",
+            "the gradient is exactly 0 up to step %d: the loss does not depend on the trained "
+            "parameters",
             done,
         )
     counts: dict[str, float] = defaultdict(float)

@@ -218,7 +218,7 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         elif number < len(lines):
             damaged.append(str(number))
     if damaged:
-        log.warning("%s: left out what cannot be read: line %s", path, ", ".join(damaged))
+        log.warning("%s: skipped unreadable lines: %s", path, ", ".join(damaged))
     return rows
 
 

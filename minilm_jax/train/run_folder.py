@@ -71,7 +71,7 @@ def check_run(folder: Path, config: Mapping[str, Any], *, override: tuple[str, .
     ours = (folder / CONFIG).exists()
     if folder.exists() and not ours and any(p.name != LOCK for p in folder.iterdir()):
         raise ConfigError(
-            f"output {folder} is not empty and holds no {CONFIG}: it is not a run of ours; "
+            f"output {folder} is not empty and holds no {CONFIG}: it is not a run of minilm-jax; "
             "choose another --output"
         )
     _compare(folder / CONFIG, config, override=override)
@@ -82,7 +82,7 @@ def _note_versions(path: Path) -> None:
     found = versions()
     before = read_json(path) if path.exists() else found
     for _, change in differences(before, found):
-        log.warning("%s, since the last start of this run: its numbers may change", change)
+        log.warning("%s since the last start of this run: its results may change", change)
     write_json(path, found)
 
 
@@ -122,7 +122,7 @@ def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...])
     ]
     if not changed:
         return
-    accepted = f" ({', '.join(override)} does not name all)" if override else ""
+    accepted = f" ({', '.join(override)} does not cover all of these)" if override else ""
     said = (
         f"{path} was written by a run that differs from this one; choose another --output, or "
         f"accept a change with --override NAME{accepted}"

@@ -91,7 +91,7 @@ class Tracker:
     def _fail(self, reason: str) -> None:
         if not self._failed:
             self._failed = True
-            log.warning("%s shows no more of this run (%s); training goes on", self._name, reason)
+            log.warning("%s stopped showing this run (%s); training goes on", self._name, reason)
 
 
 def open_trackers(

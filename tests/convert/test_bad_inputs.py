@@ -293,7 +293,7 @@ _STATE = {
     "state_dict": b"}(" + ta.text("a") + _GOOD + b"u",
     "optimizer": b"}(K\x00" + _GOOD + b"u",
 }
-bad(27, "a trainer's state", "'epoch' is a int, .* save what stands under 'state_dict' alone")(
+bad(27, "a trainer's state", "'epoch' is a int, .* save only the value of 'state_dict'")(
     lambda f: _bin(f, _STATE, _FOUR)
 )
 bad(27, "a whole module", "transformers.models.bert")(
@@ -556,7 +556,7 @@ def _(folder):
 bad(41, "unknown tensors", "unknown adapters.0.weight")(
     lambda f: _edit(f, lambda t: t | {"adapters.0.weight": np.ones(3, np.float32)})
 )
-bad(41, "another position buffer", "not the usual one")(
+bad(41, "another position buffer", "other than the usual ones")(
     lambda f: _edit(f, lambda t: t | {"embeddings.position_ids": np.arange(20)[None] + 2})
 )
 
@@ -744,7 +744,7 @@ def test_50_target_holds_somebodys_work(convert, tmp_path, capsys):
     target.mkdir()
     (target / "thesis.tex").write_text("three years")
     assert convert(folder, target, "--tokenizer", "none") == 2
-    assert "no untouched output of ours" in capsys.readouterr().err
+    assert "no unmodified output of this command" in capsys.readouterr().err
     assert [f.name for f in target.iterdir()] == ["thesis.tex"]
 
 
@@ -754,7 +754,7 @@ def test_50_own_output_is_replaced_until_it_was_touched(tmp_path):
     write_model(model, tmp_path / "target", dtype="bfloat16")
     assert read_model(tmp_path / "target").stored_dtypes.popitem()[1] == "BF16"
     (tmp_path / "target" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no untouched output"):
+    with pytest.raises(CheckpointError, match="no unmodified output"):
         write_model(model, tmp_path / "target")
 
 
@@ -851,7 +851,7 @@ def test_50_what_appeared_meanwhile_is_not_replaced(tmp_path):
         target.mkdir()
         (target / "thesis.tex").write_text("three years")
 
-    with pytest.raises(CheckpointError, match="no untouched output of ours"):
+    with pytest.raises(CheckpointError, match="no unmodified output of this command"):
         write_model(model, target, check=meanwhile)
     assert [path.name for path in target.iterdir()] == ["thesis.tex"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]

@@ -162,7 +162,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_prepared(
     settings = {"tokenizer": vocabulary, "output": tmp_path / "out", "workers": 0}
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "write_synced", filling)
-        with pytest.raises(DataError, match=r"No space left.*what is prepared stays"):
+        with pytest.raises(DataError, match=r"No space left.*finished shards are kept"):
             prepare(text, **settings)
     kept = files(tmp_path / "out")
     assert not any(name.endswith(".unfinished") for name in kept)
@@ -265,7 +265,7 @@ def test_one_broken_file_stops_nothing_else_and_can_be_mended(text, vocabulary, 
     broken = tmp_path / "text" / "2b.txt.gz"
     whole = gzip.compress(b"\n\n".join(b"document %d" % i for i in range(4000)))
     broken.write_bytes(whole[:-50])
-    with pytest.raises(DataError, match=r"2b\.txt\.gz.*what is prepared stays"):
+    with pytest.raises(DataError, match=r"2b\.txt\.gz.*finished shards are kept"):
         prepare(text, tokenizer=vocabulary, output=out, workers=0)
     before = {k: v for k, v in files(out).items() if k.startswith("train/")}
     assert before

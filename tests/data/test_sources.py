@@ -203,7 +203,7 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
         TextSource()
     (tmp_path / "a.txt").write_text('{"text": "one"}')
     assert texts(tmp_path / "a.txt", format="jsonl") == ["one"]
-    with pytest.raises(DataError, match="by its ending no file is jsonl; name a file in full"):
+    with pytest.raises(DataError, match="no file ends as jsonl does; name the file in full"):
         texts(tmp_path / "*.txt", format="jsonl")
 
 

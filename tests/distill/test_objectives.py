@@ -102,7 +102,7 @@ def test_exactly_the_declared_parameters_get_no_gradient(objective, params):
     assert untouched
 
 
-def test_the_unreached_set_of_minilm_written_out():
+def test_the_unreached_set_of_minilm_for_flop_count():
     assert set(minilm().unreached(STUDENT)) == {
         ("encoder", "layer_1", "attention", "output"),
         ("encoder", "layer_1", "attention_norm"),

@@ -351,7 +351,7 @@ def test_a_chain_whose_second_folder_is_anothers_trains_nothing(config, tmp_path
     (tmp_path / "theses" / "thesis.tex").touch()
     teacher = TeacherConfig(source=ASSISTANT)
     student = dataclasses.replace(config, teacher=teacher, output=tmp_path / "theses")
-    with pytest.raises(UserError, match="not a run of ours"):
+    with pytest.raises(UserError, match="not a run of minilm-jax"):
         run(ChainConfig(assistant=config, student=student))
     assert not config.output.exists()
     for inside in (config.output, config.output.parent, config.output / "student"):

@@ -87,8 +87,8 @@ class Wrapped(Objective):
     def teacher_layers(self, teacher):
         return self.inner.teacher_layers(teacher)
 
-    def written_out(self):
-        return dataclasses.replace(self, inner=self.inner.written_out())
+    def for_flop_count(self):
+        return dataclasses.replace(self, inner=self.inner.for_flop_count())
 
 
 def test_flops_of_relations_are_counted_in_an_objective_of_ones_own():
@@ -106,5 +106,5 @@ def test_flops_of_relations_are_counted_in_an_objective_of_ones_own():
 class InBlocks(Wrapped):
     """As `Wrapped`, and never written out."""
 
-    def written_out(self):
+    def for_flop_count(self):
         return self

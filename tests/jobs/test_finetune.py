@@ -324,7 +324,7 @@ def test_models_are_named_by_what_tells_them_apart(tmp_path):
     for models, changes, message in [
         ((), {}, "give at least one"),
         (("runs/a", "./runs/a/"), {}, "holds a model twice"),
-        (("a", "b"), {"name": "ours"}, "name=ours cannot stand for 2 models"),
+        (("a", "b"), {"name": "ours"}, "name=ours cannot name 2 models"),
     ]:
         with pytest.raises(ConfigError, match=message):
             names(*models, **changes)
@@ -698,7 +698,7 @@ def test_no_run_of_a_sweep_begins_where_another_would_be_refused(official, bert,
     other = tmp_path / "other/lr0.003-epochs3-seed2"
     other.mkdir(parents=True)
     (other / "config.json").write_text('{"task": "sst2"}')
-    (other / "metrics.jsonl").touch()
+    (other / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=r'seed2/config.json was written .*\n  task: "sst2" -> '):
         start("other", SweepConfig(seeds=(1, 2)))
     assert not (tmp_path / "other/lr0.003-epochs3-seed1").exists()

@@ -80,7 +80,7 @@ def test_rows_the_official_readers_skip_are_counted_and_listed(glue, skips):
     read_glue(glue, task="qqp", split="train", skips=skips)
     read_glue(glue, task="mnli", split="dev", skips=skips)
     assert skips.counts == {
-        "2 columns where 6 belong": 1,
+        "2 columns instead of 6": 1,
         "no gold label: the annotators disagreed": 1,
     }
     assert any("QQP/train.tsv:5: 2 columns" in line for line in skips.lines())
@@ -101,7 +101,7 @@ def test_a_task_folder_itself_will_do(glue, skips):
     [
         (("0", "a", "b", ""), r"dev.tsv:2: column 'label' is empty"),
         (("0", "a", "b", "maybe"), r"dev.tsv:2: label 'maybe' is not one of entailment, not"),
-        (("0", "a", "b"), r"dev.tsv:2: 3 columns where 4 belong"),
+        (("0", "a", "b"), r"dev.tsv:2: 3 columns instead of 4"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path, skips, row, message):
@@ -236,7 +236,7 @@ def test_reading_takes_time_in_proportion_to_the_questions(tmp_path, skips):
 
 def test_the_other_version_is_refused(tmp_path, skips):
     write_squad(tmp_path)
-    with pytest.raises(DataError, match=r"question 'qx': is_impossible stands in SQuAD 2.0 only"):
+    with pytest.raises(DataError, match=r"question 'qx': is_impossible occurs only in SQuAD 2.0"):
         read_squad(tmp_path / "dev-v2.0.json", purpose="evaluate", version="1.1", skips=skips)
     with pytest.raises(DataError, match=r"so it is SQuAD 1.1; take task squad1"):
         read_squad(tmp_path / "dev-v1.1.json", purpose="evaluate", version="2.0", skips=skips)
@@ -277,8 +277,11 @@ def test_answers_not_at_their_place_are_skipped_in_training_and_listed(
         (lambda qa: qa.update(question=" \n"), r"train.json, question 'q1': the question is e"),
         (lambda qa: qa.update(question=None), r"question 'q1': question is missing or no text"),
         (lambda qa: qa.update(answers=[]), r"question 'q1': has no answer to learn from"),
-        (lambda qa: qa.update(is_impossible="false"), r"'q1': is_impossible is 'false'; true or f"),
-        (lambda qa: qa.update(id="q0"), r"train.json: the id 'q0' stands there 2 times"),
+        (
+            lambda qa: qa.update(is_impossible="false"),
+            r"'q1': is_impossible is 'false'; expected true or f",
+        ),
+        (lambda qa: qa.update(id="q0"), r"train.json: the id 'q0' occurs 2 times"),
         (lambda qa: qa.pop("id"), r"has no id in quotes"),
         (lambda qa: qa["answers"][0].pop("answer_start"), r"needs a text and an integer answer_st"),
     ],
@@ -295,7 +298,7 @@ def test_json_of_another_kind_is_refused(tmp_path, skips):
         ('{"data": [{"paragraphs": [{"qas": []}]}]}', "a paragraph has no context"),
         ('{"data": []}', "holds no question"),
         ('{"data": ', "is not JSON"),
-        (r'{"data": [{"title": "so \ude00!"}]}', r"x.json: half of .* in .*so \\ude00!"),
+        (r'{"data": [{"title": "so \ude00!"}]}', r"x.json: .*so \\ude00!"),
     ]:
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(DataError, match=message):
@@ -340,7 +343,7 @@ def test_own_texts_as_tsv_and_jsonl(tmp_path):
     with pytest.raises(DataError, match=r"a.tsv:3: label 'ham' is not one of spam, eggs"):
         read_texts(tsv, labels=("spam", "eggs"))
     twice = write_tsv(tmp_path / "b.tsv", ("text", "label", "label"), ("x", "spam", "eggs"))
-    with pytest.raises(DataError, match=r"b.tsv:1: column 'label' stands there twice"):
+    with pytest.raises(DataError, match=r"b.tsv:1: column 'label' occurs twice"):
         read_texts(twice)
 
 
@@ -353,11 +356,20 @@ def test_own_texts_as_tsv_and_jsonl(tmp_path):
         ("[]", r"a.jsonl:1: is a list"),
         ('{"text": "x", "label": NaN}', r"a.jsonl:1: label is missing"),
         ('{"text": "x", "label": "pos "}', r"a.jsonl:1: label 'pos ' begins or ends with a space"),
-        ('{"text": "x", "label": "a\\tb"}', r"a.jsonl:1: label 'a\\tb' holds a tab or a line end"),
-        ('{"text": "x", "label": "a", "id": "1\\n2"}', r"id '1\\n2' holds a tab or a line end"),
-        ('{"text": "x", "label": ["a", "b"]}', r'label \["a", "b"\] is a list; one class name'),
-        ('{"text": "x", "label": {"a": 1}}', r"is a dict; one class name belongs there"),
-        (r'{"text": "so \ud83d!", "label": "x"}', r"a.jsonl:1: half of .* in .*so \\ud83d!"),
+        (
+            '{"text": "x", "label": "a\\tb"}',
+            r"a.jsonl:1: label 'a\\tb' contains a tab or a line break",
+        ),
+        (
+            '{"text": "x", "label": "a", "id": "1\\n2"}',
+            r"id '1\\n2' contains a tab or a line break",
+        ),
+        (
+            '{"text": "x", "label": ["a", "b"]}',
+            r'label \["a", "b"\] is a list; expected one class name',
+        ),
+        ('{"text": "x", "label": {"a": 1}}', r"is a dict; expected one class name"),
+        (r'{"text": "so \ud83d!", "label": "x"}', r"a.jsonl:1: .*so \\ud83d!"),
     ],
 )
 def test_own_texts_that_are_not_right(tmp_path, line, message):
@@ -412,7 +424,7 @@ def test_own_files_to_predict_need_no_label(tmp_path):
     with pytest.raises(DataError, match="at least two classes"):
         label_names(read_texts(same), name="b")
     case = write_tsv(tmp_path / "c.tsv", ("text", "label"), ("win", "Pos"), ("hi", "pos"))
-    with pytest.raises(DataError, match="labels 'Pos' and 'pos' differ in case alone"):
+    with pytest.raises(DataError, match="labels 'Pos' and 'pos' differ only in case"):
         label_names(read_texts(case), name="c")
     with pytest.raises(DataError, match=r"is a folder"):
         (tmp_path / "d.tsv").mkdir()
@@ -505,7 +517,7 @@ def test_questions_without_answers_are_not_taken_for_unanswerable_ones(tmp_path,
     for wrong, message in [
         (
             {"text": ["Rome"], "answer_start": [3]},
-            "answers is a dict; a list belongs there, of objects",
+            "answers is a dict; expected a list of objects",
         ),
         (["Rome"], "an answer needs a text and an integer answer_start"),
     ]:

@@ -118,7 +118,7 @@ def test_an_intact_checkpoint_that_cannot_be_taken_up_stays(tmp_path, saved, mon
     other = state_of(0)._replace(opt_state={"count": jnp.int32(0), "zeros": jnp.zeros((7, 100))})
     with pytest.raises(
         CheckpointError,
-        match=r"9 cannot be taken up: it holds another state \(1 arrays differ: opt_state/zeros is "
+        match=r"9 cannot be restored: its arrays differ from this run's \(1: opt_state/zeros is "
         r"float32\[100, 100\] in it and float32\[7, 100\] in this run\); it is left as it is",
     ):
         restore(folder, other)
@@ -135,7 +135,7 @@ def test_an_intact_checkpoint_that_cannot_be_taken_up_stays(tmp_path, saved, mon
     ):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, fails)
-            with pytest.raises(CheckpointError, match=r"taken up: (too little|stale file)"):
+            with pytest.raises(CheckpointError, match=r"restored: (too little|stale file)"):
                 restore(folder)
     assert_same(restore(folder), state_of(9))
 

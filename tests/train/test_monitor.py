@@ -93,7 +93,7 @@ def test_a_damaged_line_costs_its_own_row_alone(damage, tmp_path, caplog):
     Monitor(metrics, steps=9, first_step=4, stream=io.StringIO()).close()
     assert metrics.read_text().splitlines() == [rows[0], *rows[2:]]
     (warning,) = caplog.messages  # of the half line of a crash nothing is said
-    assert "metrics.jsonl: left out what cannot be read: line 2" in warning
+    assert "metrics.jsonl: skipped unreadable lines: 2" in warning
     Monitor(metrics, steps=9, first_step=3, stream=io.StringIO()).close()
     assert metrics.read_text().splitlines() == [rows[0], rows[2]]
 

@@ -23,7 +23,7 @@ def test_a_new_folder_keeps_its_config_and_is_continued(tmp_path):
 
 def test_another_runs_folder_is_refused_with_every_difference(tmp_path):
     with open_run(tmp_path, CONFIG_A):
-        (tmp_path / METRICS).touch()
+        (tmp_path / METRICS).write_text("{}\n")
     before = (tmp_path / CONFIG).read_text()
     other = {"steps": 20, "optimizer": {"learning_rate": 0.2, "b1": 0.9}, "layers": (1, 2)}
     with pytest.raises(ConfigError) as error, open_run(tmp_path, other):
@@ -45,7 +45,7 @@ def test_a_folder_may_be_named_otherwise(tmp_path, monkeypatch):
     run = tmp_path / "run"
     for source in ("teacher", str(tmp_path / "teacher"), "link"):
         with open_run(run, {"teacher": {"source": source}}):
-            (run / METRICS).touch()
+            (run / METRICS).write_text("{}\n")
     for source in ("other", "none", "two\0lines"):
         with (
             pytest.raises(ConfigError, match=r'teacher\.source: "link" -> '),
@@ -64,9 +64,11 @@ def test_settings_of_a_run_that_took_no_step_can_be_mended(tmp_path):
 
 def test_an_override_that_names_something_else_is_said(tmp_path):
     with open_run(tmp_path, CONFIG_A):
-        (tmp_path / METRICS).touch()
+        (tmp_path / METRICS).write_text("{}\n")
     with (
-        pytest.raises(ConfigError, match=r"--override NAME \(stpes does not name all\):\n  steps"),
+        pytest.raises(
+            ConfigError, match=r"--override NAME \(stpes does not cover all of these\):\n  steps"
+        ),
         open_run(tmp_path, {**CONFIG_A, "steps": 20}, override=("stpes",)),
     ):
         pass
@@ -74,7 +76,7 @@ def test_an_override_that_names_something_else_is_said(tmp_path):
 
 def test_what_a_finished_run_was_can_not_be_overridden(tmp_path):
     with open_run(tmp_path, CONFIG_A):
-        (tmp_path / METRICS).touch()
+        (tmp_path / METRICS).write_text("{}\n")
         (tmp_path / RESULT).touch()
     before = (tmp_path / CONFIG).read_text()
     other = {**CONFIG_A, "steps": 20}
@@ -94,7 +96,7 @@ def test_what_a_finished_run_was_can_not_be_overridden(tmp_path):
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="not a run of ours"), open_run(tmp_path, CONFIG_A):
+    with pytest.raises(ConfigError, match="not a run of minilm-jax"), open_run(tmp_path, CONFIG_A):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="is a file"), open_run(tmp_path / "thesis.tex", CONFIG_A):
@@ -103,7 +105,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
 
 def test_a_broken_config_is_named(tmp_path):
     (tmp_path / CONFIG).write_text("{half")
-    (tmp_path / METRICS).touch()
+    (tmp_path / METRICS).write_text("{}\n")
     with (
         pytest.raises(ConfigError, match=r"config\.json is damaged, .* copy it back"),
         open_run(tmp_path, CONFIG_A),
@@ -159,7 +161,7 @@ def test_other_versions_on_resume_are_told(tmp_path, caplog):
 
 def test_a_finished_runs_versions_stay_those_it_was_computed_with(tmp_path, caplog):
     with open_run(tmp_path, CONFIG_A):
-        (tmp_path / METRICS).touch()
+        (tmp_path / METRICS).write_text("{}\n")
         (tmp_path / RESULT).touch()
     versions = tmp_path / "versions.json"
     versions.write_text(json.dumps({**json.loads(versions.read_text()), "jax": "0.4.1"}))

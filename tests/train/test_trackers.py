@@ -52,7 +52,7 @@ def test_a_failure_is_one_warning(fails, caplog):
     tracker.close()
     (record,) = caplog.records
     assert record.getMessage() == (
-        "fake shows no more of this run (RuntimeError: 503); training goes on"
+        "fake stopped showing this run (RuntimeError: 503); training goes on"
     )
 
 
