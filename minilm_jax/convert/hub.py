@@ -38,7 +38,7 @@ def resolve(source: str | Path) -> Path:
         return path
     text = str(source)
     if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or text.startswith((".", "~")):
-        raise CheckpointError(f"{source} is neither a local path nor an id of the Hugging Face Hub")
+        raise CheckpointError(f"{source} does not exist, and is not an id of the Hugging Face Hub")
     return _download(text)
 
 

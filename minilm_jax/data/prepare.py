@@ -230,7 +230,7 @@ def _finished(output: Path, settings: dict[str, Any]) -> Manifest:
     manifest = read_manifest(output)
     if manifest.settings["parts"] != settings["parts"]:
         raise DataError(
-            f"{output}: is finished, but the text files have changed since; give a new folder"
+            f"{output} is finished, but the text files have changed since; give a new folder"
         )
     return manifest
 

@@ -110,5 +110,5 @@ def test_two_processes_train_the_student_of_one(tmp_path, tiny_teacher, text_fil
     for process in refused:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2, errors
-        assert "was written by a run that differs from this one" in errors
+        assert "is finished, with other settings" in errors
         assert "train.seed: 0 -> 1" in errors

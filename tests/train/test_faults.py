@@ -119,7 +119,7 @@ def test_an_intact_checkpoint_that_cannot_be_taken_up_stays(tmp_path, saved, mon
     with pytest.raises(
         CheckpointError,
         match=r"9 cannot be restored: its arrays differ from this run's \(1: opt_state/zeros is "
-        r"float32\[100, 100\] in it and float32\[7, 100\] in this run\); it is left as it is",
+        r"float32\[100, 100\] in it and float32\[7, 100\] in this run\); it was not changed",
     ):
         restore(folder, other)
 
