@@ -17,7 +17,7 @@ from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.hf_config import without_task
 from minilm_jax.convert.model import Model, flatten
 from minilm_jax.data.tokenizers import Tokenizer
-from minilm_jax.distill.student import larger_sizes
+from minilm_jax.distill.student import StudentConfig, larger_sizes
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import running
@@ -180,18 +180,24 @@ class _Run:
             [mask(batch, step) for step, batch in enumerate(held)],
         )
 
-        def start(**changes: Any) -> dict[str, Any]:
-            student = dataclasses.replace(config.student, **changes)
+        def start(student: StudentConfig) -> dict[str, Any]:
             changed = dataclasses.replace(config, student=student)
             return initial_params(changed, teacher.config, teacher.params["encoder"])
 
+        @functools.cache
+        def measure(student: StudentConfig) -> float:
+            return evaluate(start(student))
+
         goodput.lap("startup")
         # Functions of the config alone: a resumed run finds the same.
-        figures = {"before": evaluate(start())}
-        figures["untrained"] = evaluate(start(init="random", embeddings="random"))
+        own = config.student
+        figures = {"before": measure(own)}
+        figures["untrained"] = measure(
+            dataclasses.replace(own, init="random", embeddings="random", teacher_layers=())
+        )
         fewer = self.shape.num_hidden_layers <= teacher.config.num_hidden_layers
         if fewer and not larger_sizes(self.shape, teacher.config):
-            figures["copied"] = evaluate(start(init="teacher"))
+            figures["copied"] = measure(dataclasses.replace(own, init="teacher"))
         goodput.lap("evaluation")
         described = describe(config, teacher=teacher.fingerprint)
         optimizer = make_run_optimizer(config, teacher.config)
@@ -203,7 +209,7 @@ class _Run:
         ) as checkpoints:
             state = running.train(
                 lift_step(loss, optimizer, config=config.train, devices=devices),
-                lambda: create_state(start(), optimizer),
+                lambda: create_state(start(own), optimizer),
                 given,
                 lambda number: mask(train.at(number, rows=rows), number),
                 output=config.output,
