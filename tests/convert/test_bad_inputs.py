@@ -460,9 +460,9 @@ _LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 bad(18, "Git LFS pointer for a config", "config.json does not match .* Git LFS pointer")(
     lambda f: (f / "config.json").write_bytes(_LFS)
 )
-bad(18, "LFS for a tokenizer", "bpe.model does not match .* Git LFS pointer", "--tokenizer", "copy")(
-    lambda f: (f / "sentencepiece.bpe.model").write_bytes(_LFS)
-)
+bad(
+    18, "LFS for a tokenizer", "bpe.model does not match .* Git LFS pointer", "--tokenizer", "copy"
+)(lambda f: (f / "sentencepiece.bpe.model").write_bytes(_LFS))
 bad(34, "config of 17 MB", "too large")(
     lambda f: (f / "config.json").write_bytes(b'{"a":"' + b"x" * 17 * 2**20 + b'"}')
 )

@@ -315,7 +315,9 @@ def test_a_trainers_state_of_older_torch_says_what_to_save(tmp_path):
     file = _folder(tmp_path) / "pytorch_model.bin"
     state = {"epoch": 3, "state_dict": {"a": torch.ones(4)}}
     torch.save(state, file, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"'epoch' is a int, .* only the value of 'state_dict'"):
+    with pytest.raises(
+        CheckpointError, match=r"'epoch' is a int, .* only the value of 'state_dict'"
+    ):
         read_model(file)
 
 

@@ -186,7 +186,9 @@ def test_a_vocabulary_of_other_rules_is_not_read_as_berts(bert_folder, tmp_path)
     copy(bert_folder, tmp_path, "vocab.txt")
     settings = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(DataError, match=r"BertJapaneseTokenizer .* can be converted, but not distill"):
+    with pytest.raises(
+        DataError, match=r"BertJapaneseTokenizer .* can be converted, but not distill"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     assert load_tokenizer(tmp_path).kind == "wordpiece"
