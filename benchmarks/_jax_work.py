@@ -12,11 +12,10 @@ from _setting import Setting, embedding_check
 
 from minilm_jax.convert.folder import read_model, write_model
 from minilm_jax.convert.model import Model
-from minilm_jax.data.tokenizers import load_tokenizer
 from minilm_jax.distill.objectives import minilmv2
 from minilm_jax.encoder.config import Attention, Compute, EncoderConfig
 from minilm_jax.encoder.encoder import encode, init_params
-from minilm_jax.encoder.heads import pool
+from minilm_jax.jobs.sentence_encoder import SentenceEncoder
 from minilm_jax.jobs.teacher import needed_params
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.devices import Devices
@@ -151,35 +150,11 @@ def _training(
 
 
 def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
-    """Returns text-to-embedding work: sorted by length, batches of 32 padded to multiples of 32."""
-    model, tokenizer = read_model(folder), load_tokenizer(folder)
-    sentence = model.sentence
-    assert sentence is not None
-    params = jax.device_put(model.params["encoder"])
-
-    @jax.jit
-    def embed(params: Any, batch: Any) -> jax.Array:
-        hidden = encode(model.config, params, batch).last_hidden_state
-        pooled = pool(hidden, segments=batch["segments"], pooling=sentence.pooling)
-        return pooled / jnp.linalg.norm(pooled, axis=1, keepdims=True)
+    """Returns text-to-embedding work, in batches of 32."""
+    encoder = SentenceEncoder(folder)
 
     def run() -> np.ndarray:
-        encoded = tokenizer.encode(list(texts))
-        kept = [ids[: sentence.max_length - 2] for ids in encoded]
-        order = np.argsort([-len(ids) for ids in kept], kind="stable")
-        found = []
-        for first in range(0, len(order), 32):
-            rows = order[first : first + 32]
-            length = -(-(len(kept[rows[0]]) + 2) // 32) * 32
-            batch = np.zeros((32, length), np.int32)
-            segments = np.zeros_like(batch)
-            for row, index in enumerate(rows):
-                ids = [tokenizer.cls_id, *kept[index], tokenizer.sep_id]
-                batch[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-            # Dispatched, not waited for: the next batch is made meanwhile.
-            found.append(embed(params, {"input_ids": batch, "segments": segments}))
-        embeddings = np.concatenate(found)[: len(order)]
-        return embeddings[np.argsort(order)]
+        return encoder(texts)
 
     return Work(run, lambda: embedding_check(run()))
 

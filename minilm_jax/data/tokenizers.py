@@ -206,9 +206,15 @@ class Tokenizer:
         """
         if isinstance(texts, str) or not texts:
             raise DataError(f"texts is {texts!r:.60}: give a list of one or more")
+        return self.pad(self.encode(texts), max_length=max_length, multiple_of=multiple_of)
+
+    def pad(
+        self, encoded: Sequence[np.ndarray], *, max_length: int, multiple_of: int = 1
+    ) -> dict[str, np.ndarray]:
+        """Returns the `batch` of texts that are encoded already; the arguments are the same."""
         if max_length <= _SPECIALS:
             raise DataError(f"max_length is {max_length}: give at least {_SPECIALS + 1}")
-        rows = [self.build(ids[: max_length - _SPECIALS]).ids for ids in self.encode(texts)]
+        rows = [self.build(ids[: max_length - _SPECIALS]).ids for ids in encoded]
         longest = max(map(len, rows))
         shape = (len(rows), min(-(-longest // multiple_of) * multiple_of, max_length))
         input_ids, segments = np.full(shape, self.pad_id, np.int32), np.zeros(shape, np.int32)

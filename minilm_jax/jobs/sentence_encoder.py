@@ -1,0 +1,167 @@
+"""Texts to embeddings with a sentence model, as sentence-transformers computes them."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from minilm_jax.convert.sentence import Sentence
+from minilm_jax.encoder.config import Compute
+from minilm_jax.encoder.encoder import encode
+from minilm_jax.encoder.heads import Pooling, pool
+from minilm_jax.errors import ConfigError
+from minilm_jax.jobs.trained_model import load
+from minilm_jax.settings import check
+from minilm_jax.train.devices import Devices
+
+_LENGTH_MULTIPLE = 32
+"""Rows are padded to a multiple of it, so that a corpus compiles a handful of shapes."""
+_RUNS_AHEAD = 4
+"""Batches that may be on the device while the next one is made."""
+
+
+class SentenceEncoder:
+    """A sentence model with its tokenizer, on this process's devices; each takes part of the texts.
+
+    >>> encoder = SentenceEncoder("sentence-transformers/all-MiniLM-L6-v2")
+    >>> encoder(["one text", "another"]).shape
+    (2, 384)
+    """
+
+    sentence: Sentence
+    """Pooling, normalisation and the length at which texts are cut."""
+    width: int
+    """Numbers in an embedding."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        compute: Compute | None = None,
+    ) -> None:
+        """Reads the model; what is not given is as the model's own files say.
+
+        Args:
+          source: a folder, a Hub id, or the folder of a run of ours.
+          pooling: "mean" of the tokens or the first one's state, "cls". Needed where the source is
+            an encoder alone.
+          normalize: whether embeddings have length 1; False for an encoder alone.
+          max_length: tokens at which a text is cut, the two special ones included.
+          compute: dtype and kernels; fp32 if not given.
+
+        Raises:
+          CheckpointError: the source is not there, broken or of another family.
+          ConfigError: it is an encoder alone and `pooling` is not given; it has no tokenizer; or
+            `max_length` does not fit.
+        """
+        model, self._tokenizer = load(str(source))
+        config = model.config
+        sentence = model.sentence
+        if sentence is None:
+            if pooling is None:
+                raise ConfigError(
+                    f"model {source} does not say how its states become an embedding: it has no "
+                    "modules.json; give pooling='mean' or pooling='cls'"
+                )
+            sentence = Sentence(pooling=pooling, normalize=False, max_length=config.max_length)
+        given = {"pooling": pooling, "normalize": normalize, "max_length": max_length}
+        changes: Any = {name: value for name, value in given.items() if value is not None}
+        self.sentence = sentence = dataclasses.replace(sentence, **changes)
+        check("pooling", sentence.pooling, Pooling)
+        if not 3 <= sentence.max_length <= config.max_length:
+            raise ConfigError(
+                f"max_length is {sentence.max_length}: give 3 to {config.max_length}, the model's "
+                "positions"
+            )
+        self.width = config.hidden_size
+        self._devices = Devices("mesh", devices=jax.local_devices())
+        self._params = self._devices.place(model.params["encoder"])
+        compute = Compute() if compute is None else compute
+
+        def embed(params: Any, _: None, batch: Mapping[str, Array]) -> Float[Array, "B D"]:
+            hidden = encode(config, params, batch, compute=compute).last_hidden_state
+            embeddings = pool(hidden, segments=batch["pooled"], pooling=sentence.pooling)
+            if not sentence.normalize:
+                return embeddings
+            norms = jnp.linalg.norm(embeddings, axis=1, keepdims=True)
+            return embeddings / jnp.maximum(norms, 1e-12)
+
+        self._embed = self._devices.lift_evaluation(embed)
+
+    def __call__(
+        self, texts: Sequence[str], *, prompt: str | None = None, batch_size: int = 32
+    ) -> Float32[np.ndarray, "N D"]:
+        """Returns the embeddings of the texts, in their order.
+
+        Texts are sorted by length first, so that rows of a batch need little padding. Special
+        tokens that are spelled out in a text stay text.
+
+        Args:
+          texts: any number of them.
+          prompt: put in front of each; the model's default prompt if not given. Models such as E5
+            need one ("query: ").
+          batch_size: texts a batch and device; the last batch is filled up to a power of two.
+
+        Raises:
+          ConfigError: `texts` is one string, or `batch_size` is below 1.
+        """
+        if isinstance(texts, str):
+            raise ConfigError(f"texts is one string, {texts!r:.60}: give a list")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}: give at least 1")
+        prompt = self._default_prompt() if prompt is None else prompt
+        encoded = self._tokenizer.encode([self._clean(prompt + text) for text in texts])
+        unpooled = 0
+        if prompt and not self.sentence.include_prompt:
+            unpooled = 1 + len(self._tokenizer.encode([self._clean(prompt)])[0])
+        order = np.argsort([-len(ids) for ids in encoded], kind="stable")
+        embeddings = np.empty((len(encoded), self.width), np.float32)
+        running: deque[tuple[np.ndarray, jax.Array]] = deque()
+
+        def finish() -> None:
+            chosen, found = running.popleft()
+            embeddings[chosen] = np.asarray(found)[: len(chosen)]
+
+        count = self._devices.count
+        for first in range(0, len(order), batch_size * count):
+            chosen = order[first : first + batch_size * count]
+            batch = self._tokenizer.pad(
+                [encoded[index] for index in chosen],
+                max_length=self.sentence.max_length,
+                multiple_of=_LENGTH_MULTIPLE,
+            )
+            batch["pooled"] = batch["segments"].copy()
+            batch["pooled"][:, :unpooled] = 0
+            each = -(-len(chosen) // count)
+            rows = count * min(batch_size, 1 << (each - 1).bit_length())
+            filled = ((0, rows - len(chosen)), (0, 0))
+            placed = self._devices.place_batch({k: np.pad(x, filled) for k, x in batch.items()})
+            # Dispatched, not waited for: the next batch is made meanwhile.
+            running.append((chosen, self._embed(self._params, None, placed)))
+            if len(running) > _RUNS_AHEAD:
+                finish()
+        while running:
+            finish()
+        return embeddings
+
+    def _clean(self, text: str) -> str:
+        text = text.strip()
+        return text.lower() if self.sentence.lower_case else text
+
+    def _default_prompt(self) -> str:
+        settings = self.sentence.settings
+        name = settings.get("default_prompt_name")
+        prompts = settings.get("prompts")
+        found = prompts.get(name) if name and isinstance(prompts, Mapping) else ""
+        if not isinstance(found, str):
+            raise ConfigError(f"the model's prompts have no text {name!r}: give prompt=")
+        return found

