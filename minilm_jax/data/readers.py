@@ -42,7 +42,8 @@ def read_text(
     source: "TextSource", stretch: "Stretch", skipped: Counter[str]
 ) -> Iterator[Document]:
     """Yields the documents of a text file, of at most `source.longest_document` bytes."""
-    gather = {"blank-line": _paragraphs, "line": _single_lines, "file": _whole}[source.documents]
+    ends = source.documents_of(stretch.path)
+    gather = {"blank-line": _paragraphs, "line": _single_lines, "file": _whole}[ends]
     for position, raw in gather(source, stretch, skipped):
         text = _decode(raw, source, skipped)
         if text is not None:

@@ -30,6 +30,7 @@ _ENDINGS: dict[str, Format] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+_MARKUP = frozenset({".md", ".rst"})
 # Beside data these lie around as descriptions of it.
 _NOT_DATA = frozenset(
     {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -50,8 +51,9 @@ class TextSource(Settings):
     """`auto` goes by the file name's ending; .gz, .bz2, .xz and .zst may follow it."""
     text_column: str = "text"
     """Column (JSON field, feature) that holds a document's text."""
-    documents: Literal["blank-line", "line", "file"] = "blank-line"
-    """What ends a document in a text file."""
+    documents: Literal["auto", "blank-line", "line", "file"] = "auto"
+    """What ends a document in a text file. auto: the end of the file in Markdown and
+    reStructuredText, whose blank lines end paragraphs, and a blank line in plain text."""
     language: str = ""
     """Language code of every document that has no other."""
     language_from: Literal["setting", "column", "file", "folder"] = "setting"
@@ -84,6 +86,12 @@ class TextSource(Settings):
             raise DataError(
                 "a text source needs paths (files, folders or patterns), or format machine-docs"
             )
+
+    def documents_of(self, path: str) -> Literal["blank-line", "line", "file"]:
+        """Returns what ends a document in this text file."""
+        if self.documents != "auto":
+            return self.documents
+        return "file" if _ending(path) in _MARKUP else "blank-line"
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ def read_part(part: Part, *, skipped: Counter[str]) -> Iterator[Document]:
             for document in _read_stretch(part.source, stretch, skipped):
                 if not document.text.strip():
                     skipped["empty"] += 1
-                elif len(document.text) > part.source.longest_document:
+                elif _is_longer(document.text, part.source.longest_document):
                     skipped["too long"] += 1
                 else:
                     found = True
@@ -163,6 +171,11 @@ def read_part(part: Part, *, skipped: Counter[str]) -> Iterator[Document]:
         # A language that is missing would not be missed otherwise.
         if not found and skipped.total() == left_out and stretch.stop is None:
             skipped["no document in a file"] += 1
+
+
+def _is_longer(text: str, size: int) -> bool:
+    # At most four bytes a character: most texts need no look.
+    return 4 * len(text) > size and len(text.encode("utf-8", "surrogatepass")) > size
 
 
 def split_source(source: TextSource) -> list[Part]:
@@ -243,7 +256,7 @@ def _cut(source: TextSource, stretch: Stretch, part_size: int) -> list[Stretch]:
 def _is_lines(source: TextSource, stretch: Stretch) -> bool:
     if readers.compression(stretch.path):
         return False
-    whole_files = stretch.format == "text" and source.documents == "file"
+    whole_files = stretch.format == "text" and source.documents_of(stretch.path) == "file"
     return stretch.format in ("text", "jsonl") and not whole_files
 
 
@@ -306,11 +319,13 @@ def _files_below(
 
 
 def _format_of(path: Path) -> Format | None:
-    name = path.name.lower()
-    if name in _NOT_DATA:
-        return None
-    name = name.removesuffix(readers.compression(name))
-    return _ENDINGS.get(Path(name).suffix)
+    return None if path.name.lower() in _NOT_DATA else _ENDINGS.get(_ending(path))
+
+
+def _ending(path: str | Path) -> str:
+    """Returns the ending in lower case, the one before that of a compressed file."""
+    name = Path(path).name.lower()
+    return Path(name.removesuffix(readers.compression(name))).suffix
 
 
 def _read_stretch(

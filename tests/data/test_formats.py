@@ -38,6 +38,16 @@ def test_parquet_is_cut_at_row_groups(table, tmp_path, monkeypatch):
     assert [d.language for d in found[:2]] == ["de", "en"]
 
 
+def test_the_longest_document_of_a_table_is_measured_in_bytes(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table({"text": ["ééé", "éé", "eeeee"]}), tmp_path / "a.parquet")
+    skipped: Counter[str] = Counter()
+    assert texts(tmp_path, longest_document=5, skipped=skipped) == ["éé", "eeeee"]
+    assert skipped == {"too long": 1}
+
+
 @pytest.mark.parametrize("kind", ["stream", "file"])
 def test_arrow_streams_and_files(table, tmp_path, kind):
     from pyarrow import ipc

@@ -26,6 +26,17 @@ def test_lines_and_whole_files_can_be_documents(tmp_path):
     assert texts(tmp_path / "a.txt", documents="file") == ["one\n\ntwo"]
 
 
+def test_a_file_of_markup_is_a_document_unless_told_otherwise(tmp_path):
+    """Its blank lines end paragraphs: a page of documentation would be read in shreds."""
+    (tmp_path / "a.md").write_text("# Title\n\ntext\n")
+    with gzip.open(tmp_path / "b.RST.gz", "wt") as file:
+        file.write("one\n\ntwo")
+    (tmp_path / "c.txt").write_text("three\n\nfour")
+    assert texts(tmp_path) == ["# Title\n\ntext", "one\n\ntwo", "three", "four"]
+    assert len(texts(tmp_path, documents="blank-line")) == 6
+    assert texts(tmp_path / "a.md", documents="line") == ["# Title", "text"]
+
+
 def test_a_folder_is_read_in_the_order_of_names_with_all_known_formats(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}\n')
