@@ -1,12 +1,13 @@
 """Output folders: written beside, renamed at the end, and never over somebody's work."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,21 @@ def replace_folder(
       CheckpointError: `target` holds something that this package did not write, is the source, or
         holds the current directory.
     """
-    try:
+    folder = check_target(target, source=source)
+    with _unwritable(target):
+        _write_and_rename(folder, fill)
+    return target
+
+
+def check_target(target: Path, *, source: Path | None = None) -> Path:
+    """Returns the folder that `replace_folder` would replace, or raises as it does.
+
+    For whoever has gigabytes to read before there is anything to write.
+    """
+    with _unwritable(target):
         # Not Path.resolve, which raises a RuntimeError where links lead in a circle.
         folder = Path(os.path.realpath(target))
-        if source is not None and folder == source.resolve():
+        if source is not None and folder == Path(os.path.realpath(source)):
             raise CheckpointError(f"{target} is the source itself: choose another target")
         if Path.cwd().is_relative_to(folder):
             raise CheckpointError(
@@ -90,10 +102,15 @@ def replace_folder(
             )
         _clear_up(folder)
         _refuse_work_of_others(folder)
-        _write_and_rename(folder, fill)
+    return folder
+
+
+@contextlib.contextmanager
+def _unwritable(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-    return target
 
 
 def _refuse_work_of_others(folder: Path) -> None:

@@ -18,6 +18,7 @@ from minilm_jax.convert.folder import Dtype, read_model, write_model
 from minilm_jax.convert.hf_config import from_hf_config
 from minilm_jax.convert.model import Model, flatten
 from minilm_jax.convert.orbax_form import write_orbax
+from minilm_jax.convert.output import check_target
 from minilm_jax.convert.strict_json import read_json
 from minilm_jax.convert.verify import (
     Comparison,
@@ -82,6 +83,7 @@ def run(config: ConvertConfig, *, report: Callable[[str], None] = print) -> Path
     Raises:
       UserError: something about source, target or verification; nothing is then left at target.
     """
+    check_target(config.target)
     model = read_model(
         config.source,
         sha256=config.sha256,

@@ -748,6 +748,14 @@ def test_50_target_holds_somebodys_work(convert, tmp_path, capsys):
     assert [f.name for f in target.iterdir()] == ["thesis.tex"]
 
 
+def test_50_the_target_is_looked_at_before_gigabytes_are_read(convert, tmp_path, capsys):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "thesis.tex").write_text("three years")
+    assert convert(tmp_path / "no source", target) == 2
+    assert "no unmodified output of this command" in capsys.readouterr().err
+
+
 def test_50_own_output_is_replaced_until_it_was_touched(tmp_path):
     model = read_model(small_bert(tmp_path / "source"))
     write_model(model, tmp_path / "target", dtype="float16")
