@@ -7,6 +7,7 @@ from minilm_jax.errors import ConfigError
 from minilm_jax.settings import Count, Positive, Settings
 from minilm_jax.train.devices import Lift
 from minilm_jax.train.hosts import HostsConfig
+from minilm_jax.train.step import Nonfinite
 from minilm_jax.train.trackers import TrackerName
 
 
@@ -24,7 +25,7 @@ class EngineConfig(Settings, name="train"):
     """Devices a parameter is sharded over; needs lift=mesh."""
     devices: Positive | None = None
     """Number of devices; default: all."""
-    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite: Nonfinite = "stop"
     """A loss or gradient that is not finite ends the run, or its update is skipped."""
     log_every: Positive = 100
     """Steps between metrics."""

@@ -126,8 +126,13 @@ def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
     """Returns an optimizer's last part: updates times `-learning_rate`, given with each step."""
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, learning_rate: Any, **unused: Any
+        updates: Any, state: Any, params: Any = None, *, learning_rate: Any = None, **unused: Any
     ) -> Any:
+        if learning_rate is None:
+            raise ConfigError(
+                "this optimizer is given its learning rate step by step: "
+                "make_given(..., schedule=make_schedule(...)), or update(..., learning_rate=...)"
+            )
         return jax.tree.map(lambda x: -learning_rate * x, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,7 +1,7 @@
 """One optimizer step as one per-device function; devices.py lifts it over the devices."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, UInt32
 
 from minilm_jax.reductions import Loss, Mean
+from minilm_jax.settings import check
 from minilm_jax.train.optimizer import Schedule
 from minilm_jax.train.state import Params, TrainState
 
@@ -19,6 +20,8 @@ LossFunction = Callable[[Params, Any, Batch, Array | None], Loss]
 """(params, frozen, batch, key) -> Loss of a part of a batch.
 
 `frozen` is what is not trained: the teacher. `key` is None in evaluation: no dropout."""
+
+Nonfinite = Literal["stop", "skip"]
 
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 
@@ -47,7 +50,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    nonfinite: str = "stop",
+    nonfinite: Nonfinite = "stop",
 ) -> Step:
     """Returns step(state, given, batch, axis=None) -> (state, metrics).
 
@@ -65,6 +68,7 @@ def make_step(
         parameters and optimizer as they were when loss or gradient is not finite, and counts the
         step.
     """
+    check("nonfinite", nonfinite, Nonfinite)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(

@@ -265,6 +265,11 @@ def test_a_skipped_step_leaves_the_average_as_it_was(problem):
     np.testing.assert_array_equal(found, averaged(batches[:1])[1])
 
 
+def test_an_optimizer_without_its_rate_says_where_it_comes_from(problem):
+    with pytest.raises(ConfigError, match=r"learning rate step by step: make_given\("):
+        train(problem, Devices(), make_optimizer(AVERAGED))
+
+
 def test_the_donated_state_does_not_take_the_callers_arrays_along(problem):
     params, frozen, batches = problem
     on_device = jax.tree.map(jnp.asarray, params)
