@@ -8,10 +8,10 @@ class become command-line options (--objective.weight 2).
 """
 
 import dataclasses
-import runpy
 from pathlib import Path
 
 import jax.numpy as jnp
+from quickstart import config as quickstart
 
 from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.objectives import mean_squared_error
@@ -50,5 +50,4 @@ class HiddenStates(Objective):
         return loss
 
 
-quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["config"]
 config = dataclasses.replace(quickstart, objective=HiddenStates(), output=Path("runs/own"))
