@@ -15,8 +15,12 @@ TEST_EXTRAS := test$(if $(findstring py311,$(CONSTRAINTS)),$(comma)torch)
 NEWEST_PYTHON := $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) \
 	$(shell command -v python3.13 || command -v python3.12))
 
-# What compiles longest is tested on the newest jax by `make test-slow` only.
-LONGEST := tests/distill/test_baselines.py tests/jobs/test_plan.py tests/test_experiments.py
+# What `make test` runs on the newest jax: kernels, encoder, step, loop and checkpoints, one run of
+# each job. `make test-slow` runs everything there.
+NEWEST_TESTS := $(addprefix tests/,encoder/test_encoder.py encoder/test_dot_product.py \
+	encoder/test_dot_product_cpu.py encoder/test_dot_product_pallas.py \
+	distill/test_relations_kernels.py distill/test_objectives.py train/test_step.py \
+	train/test_loop.py jobs/test_sentence_encoder.py test_docs.py)
 
 .PHONY: quickstart test test-slow test-newest check install install-test
 
@@ -43,18 +47,17 @@ check: install-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config setup.cfg
 
-# Everything but the kill, fuzz and sweep runs; then all of it that needs no PyTorch on the newest jax.
+# Everything but the kill, fuzz and sweep runs; then the heart of it on the newest jax.
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 	$(if $(NEWEST_PYTHON),$(MAKE) test-newest,@echo "no Python 3.12 or 3.13 here: the newest jax is not tested")
 
 test-newest:
 	$(MAKE) install-test VENV=.venv-newest PYTHON=$(NEWEST_PYTHON)
-	.venv-newest/bin/python -m pytest -n 2 --dist loadscope -m "not slow and not torch" \
-		$(addprefix --ignore=,$(LONGEST))
+	.venv-newest/bin/python -m pytest -n 2 --dist loadscope -m "not slow and not torch" $(NEWEST_TESTS)
 
 # Everything, the long runs too, with programs compiled as users' are (tests/conftest.py).
 test-slow: export JAX_DISABLE_MOST_OPTIMIZATIONS := False
 test-slow: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadscope --timeout=3600
-	$(if $(NEWEST_PYTHON),$(MAKE) test-newest LONGEST=)
+	$(if $(NEWEST_PYTHON),$(MAKE) test-newest NEWEST_TESTS=tests)

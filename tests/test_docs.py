@@ -26,16 +26,18 @@ NAMED = (
     "nreimers/MiniLM-L6-H384-uncased",
 )
 """Where the programs expect a model."""
+SMALLER = {"sequence_length=128": "sequence_length=32", "hidden_size=384": "hidden_size=48"}
+"""What the programs say, and what is run here for the sake of time."""
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, text_file):
-    """A folder that has all that the programs name, the models with the published widths."""
+    """A folder that has all that the programs name."""
     folder = tmp_path_factory.mktemp("places")
     tokenizer = write_wordpiece(folder / "tokenizer")
     config = EncoderConfig(
         vocab_size=len((tokenizer / "vocab.txt").read_text("utf-8").splitlines()),
-        hidden_size=384,
+        hidden_size=48,
         num_hidden_layers=6,
         num_attention_heads=12,
         intermediate_size=32,
@@ -64,7 +66,10 @@ def test_the_programs_of_a_page_run_one_after_another(page, places, tmp_path, mo
         (tmp_path / place.name).symlink_to(place)
     monkeypatch.chdir(tmp_path)
     variables = {"__name__": "__main__"}
-    for program in PROGRAM.findall(page.read_text("utf-8")):
+    text = page.read_text("utf-8")
+    for written, smaller in SMALLER.items():
+        text = text.replace(written, smaller)
+    for program in PROGRAM.findall(text):
         if "from transformers" in program:
             pytest.importorskip("torch")
         exec(compile(program, page.name, "exec"), variables)

@@ -287,7 +287,12 @@ def test_tokens_that_are_not_selected_take_no_memory(monkeypatch):
 
 
 VOCABULARY = pytest.mark.parametrize(
-    "objective", [mlm(), soft_labels(), distilbert()], ids=["mlm", "soft labels", "distilbert"]
+    "objective",
+    [
+        pytest.param(mlm(), id="mlm", marks=pytest.mark.slow),
+        pytest.param(soft_labels(), id="soft labels"),
+        pytest.param(distilbert(), id="distilbert", marks=pytest.mark.slow),
+    ],
 )
 
 

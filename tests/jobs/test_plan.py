@@ -224,7 +224,9 @@ def hasty_compiler():
     "name,hardware,lift,fsdp",
     [
         ("minilm_v1/bert_base_3x384.py", "tpu-v5e-256", "pmap", 1),
-        ("minilm_v1/bert_base_3x384.py", "tpu-v4-256", "mesh", 8),
+        pytest.param(
+            *("minilm_v1/bert_base_3x384.py", "tpu-v4-256", "mesh", 8), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_published_recipe_compiles_for_a_pod_and_fits(name, hardware, lift, fsdp):
