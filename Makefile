@@ -15,8 +15,8 @@ TEST_EXTRAS := test$(if $(findstring py311,$(CONSTRAINTS)),$(comma)torch)
 NEWEST_PYTHON := $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) \
 	$(shell command -v python3.13 || command -v python3.12))
 
-# What `make test` runs on the newest jax: kernels, encoder, step, loop and checkpoints, one run of
-# each job. `make test-slow` runs everything there.
+# What `make test-newest` runs on the newest jax: kernels, encoder, step, loop, checkpoints and the
+# programs of the documentation. `make test-slow` runs everything there.
 NEWEST_TESTS := $(addprefix tests/,encoder/test_encoder.py encoder/test_dot_product.py \
 	encoder/test_dot_product_cpu.py encoder/test_dot_product_pallas.py \
 	distill/test_relations_kernels.py distill/test_objectives.py train/test_step.py \
@@ -47,12 +47,12 @@ check: install-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config setup.cfg
 
-# Everything but the kill, fuzz and sweep runs; then the heart of it on the newest jax.
+# Everything but the kill, fuzz and sweep runs: at most a quarter of an hour on two cores.
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
-	$(if $(NEWEST_PYTHON),$(MAKE) test-newest,@echo "no Python 3.12 or 3.13 here: the newest jax is not tested")
 
 test-newest:
+	$(if $(NEWEST_PYTHON),,$(error test-newest needs Python 3.12 or 3.13))
 	$(MAKE) install-test VENV=.venv-newest PYTHON=$(NEWEST_PYTHON)
 	.venv-newest/bin/python -m pytest -n 2 --dist loadscope -m "not slow and not torch" $(NEWEST_TESTS)
 
