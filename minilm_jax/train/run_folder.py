@@ -20,6 +20,12 @@ VERSIONS = "versions.json"
 BEST, STUDENT = "best", "student"
 """The model: of fine-tuning, and of distillation."""
 LIBRARIES = ("minilm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+FREE = (
+    *("train.accumulate", "train.lift", "train.fsdp", "train.save_every", "train.keep"),
+    "compute.remat",
+)
+"""Settings that a resumed run may change unasked: they decide memory, speed and what is kept, and,
+like the number of devices, no result beyond rounding."""
 log = logging.getLogger(__name__)
 
 
@@ -118,7 +124,9 @@ def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...])
     changed = [
         line
         for name, line in _changes(path, value)
-        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in override)
+        if not any(
+            name == allowed or name.startswith(f"{allowed}.") for allowed in (*override, *FREE)
+        )
     ]
     if not changed:
         return

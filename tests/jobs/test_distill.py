@@ -27,6 +27,7 @@ from minilm_jax.data.tokenizers import load_tokenizer
 from minilm_jax.distill.objectives import RelationObjective, minilm, minilmv2
 from minilm_jax.distill.student import StudentConfig
 from minilm_jax.distill.vocabulary import soft_labels
+from minilm_jax.encoder.config import Compute
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import UserError
 from minilm_jax.jobs import distill
@@ -294,6 +295,24 @@ def test_eight_devices_train_the_same_student_as_one(config):
     output = config.output.with_name("one")
     one, _ = run(dataclasses.replace(config, output=output, train=train))
     assert many.heldout == pytest.approx(one.heldout, rel=1e-4)
+
+
+def test_a_resumed_run_may_be_divided_otherwise(config):
+    """What decides memory, speed and what is kept, and no result, may change unasked."""
+    train = TrainConfig(steps=8, log_every=4, save_every=4)
+    config = dataclasses.replace(config, train=train)
+    whole, _ = run(config)
+    (config.output / "result.json").unlink()
+    shutil.rmtree(config.output / "checkpoints" / "8")
+    divided = dataclasses.replace(
+        train, lift="mesh", fsdp=2, devices=4, accumulate=2, save_every=2, keep=1
+    )
+    resumed, _ = run(dataclasses.replace(config, train=divided, compute=Compute(remat=True)))
+    assert resumed.heldout == pytest.approx(whole.heldout, rel=1e-4)
+    written = json.loads((config.output / "config.json").read_text())
+    assert written["train"]["lift"] == "mesh" and written["compute"]["remat"]
+    _, said = run(config)
+    assert "is finished after 8 steps; nothing to do" in said
 
 
 @pytest.mark.parametrize(
