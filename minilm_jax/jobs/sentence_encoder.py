@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from minilm_jax.encoder.encoder import encode
 from minilm_jax.encoder.heads import Pooling, pool
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.trained_model import load
-from minilm_jax.settings import check
+from minilm_jax.settings import Positive, check
 from minilm_jax.train.devices import Devices
 
-_LENGTH_MULTIPLE = 32
-"""Rows are padded to a multiple of it, so that a corpus compiles a handful of shapes."""
+_SHORTEST_ROW = 16
 _RUNS_AHEAD = 4
 """Batches that may be on the device while the next one is made."""
 
@@ -63,6 +62,9 @@ class SentenceEncoder:
           ConfigError: it is an encoder alone and `pooling` is not given; it has no tokenizer; or
             `max_length` does not fit.
         """
+        check("pooling", pooling, Pooling | None)
+        check("normalize", normalize, bool | None)
+        check("max_length", max_length, int | None)
         model, self._tokenizer = load(str(source))
         config = model.config
         sentence = model.sentence
@@ -76,7 +78,6 @@ class SentenceEncoder:
         given = {"pooling": pooling, "normalize": normalize, "max_length": max_length}
         changes: Any = {name: value for name, value in given.items() if value is not None}
         self.sentence = sentence = dataclasses.replace(sentence, **changes)
-        check("pooling", sentence.pooling, Pooling)
         if not 3 <= sentence.max_length <= config.max_length:
             raise ConfigError(
                 f"max_length is {sentence.max_length}: give 3 to {config.max_length}, the model's "
@@ -98,26 +99,30 @@ class SentenceEncoder:
         self._embed = self._devices.lift_evaluation(embed)
 
     def __call__(
-        self, texts: Sequence[str], *, prompt: str | None = None, batch_size: int = 32
+        self, texts: Iterable[str], *, prompt: str | None = None, batch_tokens: int = 4096
     ) -> Float32[np.ndarray, "N D"]:
         """Returns the embeddings of the texts, in their order.
 
-        Texts are sorted by length first, so that rows of a batch need little padding. Special
-        tokens that are spelled out in a text stay text.
+        Texts are sorted by length first. A batch is as long as its longest text, rounded up to one
+        of few lengths, and has the more rows the shorter they are. Special tokens that are spelled
+        out in a text stay text.
 
         Args:
           texts: any number of them.
           prompt: put in front of each; the model's default prompt if not given. Models such as E5
             need one ("query: ").
-          batch_size: texts a batch and device; the last batch is filled up to a power of two.
+          batch_tokens: of a batch on one device, padding included; more suit an accelerator.
 
         Raises:
-          ConfigError: `texts` is one string, or `batch_size` is below 1.
+          ConfigError: an argument is of another type, such as one string for `texts`.
         """
         if isinstance(texts, str):
             raise ConfigError(f"texts is one string, {texts!r:.60}: give a list")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}: give at least 1")
+        check("prompt", prompt, str | None)
+        check("batch_tokens", batch_tokens, Positive)
+        texts = list(texts)
+        for index, text in enumerate(texts):
+            check(f"texts[{index}]", text, str)
         prompt = self._default_prompt() if prompt is None else prompt
         encoded = self._tokenizer.encode([self._clean(prompt + text) for text in texts])
         unpooled = 0
@@ -132,17 +137,19 @@ class SentenceEncoder:
             embeddings[chosen] = np.asarray(found)[: len(chosen)]
 
         count = self._devices.count
-        for first in range(0, len(order), batch_size * count):
-            chosen = order[first : first + batch_size * count]
+        while len(order):
+            length = self._row_length(encoded[order[0]])
+            room = max(1, batch_tokens // length)
+            chosen, order = np.split(order, [room * count])
             batch = self._tokenizer.pad(
                 [encoded[index] for index in chosen],
                 max_length=self.sentence.max_length,
-                multiple_of=_LENGTH_MULTIPLE,
+                multiple_of=length,
             )
             batch["pooled"] = batch["segments"].copy()
             batch["pooled"][:, :unpooled] = 0
             each = -(-len(chosen) // count)
-            rows = count * min(batch_size, 1 << (each - 1).bit_length())
+            rows = count * min(room, 1 << (each - 1).bit_length())
             filled = ((0, rows - len(chosen)), (0, 0))
             placed = self._devices.place_batch({k: np.pad(x, filled) for k, x in batch.items()})
             # Dispatched, not waited for: the next batch is made meanwhile.
@@ -153,8 +160,16 @@ class SentenceEncoder:
             finish()
         return embeddings
 
+    def _row_length(self, ids: np.ndarray) -> int:
+        """Returns 2ⁿ or 3·2ⁿ tokens: a corpus of all lengths compiles a dozen shapes."""
+        needed = max(len(ids) + 2, _SHORTEST_ROW)
+        power = 1 << (needed - 1).bit_length()
+        length = power * 3 // 4 if needed <= power * 3 // 4 else power
+        return min(length, self.sentence.max_length)
+
     def _clean(self, text: str) -> str:
-        text = text.strip()
+        # Half of a surrogate pair is no Unicode, and tokenizers refuse it.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
         return text.lower() if self.sentence.lower_case else text
 
     def _default_prompt(self) -> str:

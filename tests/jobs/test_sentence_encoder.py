@@ -54,14 +54,16 @@ def test_embeddings_are_pytorchs(folder, tmp_path, pooling, normalize):
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
 
 
-def test_neither_order_nor_batch_size_matters(folder):
+def test_neither_order_nor_the_size_of_batches_matters(folder):
     encoder = SentenceEncoder(folder, pooling="mean", max_length=20)
     whole = encoder(TEXTS)
-    for batch_size in (1, 3):
-        np.testing.assert_allclose(encoder(TEXTS, batch_size=batch_size), whole, rtol=0, atol=1e-6)
+    for tokens in (1, 700):
+        np.testing.assert_allclose(encoder(TEXTS, batch_tokens=tokens), whole, rtol=0, atol=1e-6)
     np.testing.assert_allclose(encoder(TEXTS[::-1])[::-1], whole, rtol=0, atol=1e-6)
     np.testing.assert_allclose(encoder(TEXTS[:1])[0], whole[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(encoder(text for text in TEXTS), whole, rtol=0, atol=1e-6)
     assert encoder([]).shape == (0, 32)
+    assert np.isfinite(encoder(["half a pair \ud800"])).all()
 
 
 @pytest.mark.parametrize("include_prompt", [True, False])
@@ -98,8 +100,8 @@ def test_what_a_user_gets_wrong(folder, tmp_path):
     encoder = SentenceEncoder(folder, pooling="mean")
     with pytest.raises(ConfigError, match="one string, 'a text': give a list"):
         encoder("a text")
-    with pytest.raises(ConfigError, match="batch_size is 0"):
-        encoder(["a text"], batch_size=0)
+    with pytest.raises(ConfigError, match="batch_tokens must be at least 1"):
+        encoder(["a text"], batch_tokens=0)
     model = sentence_folder(folder, tmp_path / "model")
     settings = {"prompts": {}, "default_prompt_name": "query"}
     (model / "config_sentence_transformers.json").write_text(json.dumps(settings))
