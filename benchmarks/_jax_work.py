@@ -150,7 +150,7 @@ def _training(
 
 
 def sentence_encoding(folder: Path, texts: Sequence[str]) -> Work:
-    """Returns text-to-embedding work, in batches of 32."""
+    """Returns text-to-embedding work."""
     encoder = SentenceEncoder(folder)
 
     def run() -> np.ndarray:

@@ -4,9 +4,9 @@
     python benchmarks/sentence_encoding.py MODEL
 
 MODEL is a sentence-transformers folder with mean pooling, such as all-MiniLM-L6-v2. Both sides
-tokenise the same sentences, sort them by length, encode them in batches of 32, pool, and restore
-the original order. Ours pads to multiples of 32 so that few shapes are compiled. The embeddings
-must agree to 1e-4. Writes benchmarks/results/sentence_encoding_cpu.md.
+tokenise the same sentences, sort them by length, encode them in batches (of 32 texts there, of
+4,096 tokens in `SentenceEncoder`), pool, and restore the original order. The embeddings must agree
+to 1e-4. Writes benchmarks/results/sentence_encoding_cpu.md.
 """
 
 import argparse
