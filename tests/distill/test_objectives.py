@@ -213,6 +213,7 @@ def test_dropout_and_gradients_do_not_depend_on_the_device_count(objective, para
             np.testing.assert_allclose(b, a, rtol=0, atol=tolerance, err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_where_jax_has_64_bits_a_step_is_the_same(params):
     """Dropout on and a learned projection: what is drawn must not depend on the width of numbers.
 

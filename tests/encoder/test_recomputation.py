@@ -157,6 +157,7 @@ def test_a_table_s_gradient_is_there_when_the_activations_are_not(one_device):
     assert large - small < 0.3 * vocabulary * width * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [2**20, 1])
 def test_gradients_under_a_checked_shard_map(elements, monkeypatch):
     """Parameters are the same everywhere, rows are not: JAX checks what varies with which axis."""

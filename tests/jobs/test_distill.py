@@ -140,6 +140,7 @@ def test_from_text_to_a_student_that_is_nearer_to_its_teacher(config):
     assert before == {p: p.stat().st_mtime_ns for p in config.output.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_the_best_average_is_what_is_evaluated_and_exported(config):
     """A learning rate that ruins the student late: the best step is not the last."""
     config = dataclasses.replace(

@@ -133,7 +133,16 @@ SUBMISSIONS = {
 }
 
 
-@pytest.mark.parametrize("task", SUBMISSIONS)
+@pytest.mark.parametrize(
+    "task",
+    [
+        # One of each kind: no header, pairs, three classes and two dev sets, scores.
+        pytest.param(
+            task, marks=() if task in ("cola", "mrpc", "mnli", "stsb") else pytest.mark.slow
+        )
+        for task in SUBMISSIONS
+    ],
+)
 def test_every_glue_task_from_files_to_table_and_submission(official, bert, tmp_path, task):
     result = finetune.run(make(task, bert, official, tmp_path / "run"), say=quiet)
     assert set(result.scores) == ({"dev-en", "dev-mm-en"} if task == "mnli" else {"dev-en"})
@@ -192,7 +201,7 @@ def test_a_task_that_can_be_learnt_is(official, bert, tmp_path):
     assert [record["step"] for record in records] == [40, 80, 120]
 
 
-@pytest.mark.parametrize("family", ["minilm", "xlmr"])
+@pytest.mark.parametrize("family", [pytest.param("minilm", marks=pytest.mark.slow), "xlmr"])
 def test_xnli_selects_on_fifteen_languages_and_reports_the_test_sets(
     official, request, tmp_path, family
 ):
