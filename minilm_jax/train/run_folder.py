@@ -74,11 +74,11 @@ def check_run(folder: Path, config: Mapping[str, Any], *, override: tuple[str, .
     """Raises ConfigError where `open_run` would refuse what lies there; writes nothing."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file, not a folder")
-    ours = (folder / CONFIG).exists()
+    # A model's folder has a config.json, too. Every run leaves its lock.
+    ours = (folder / CONFIG).exists() and any((folder / x).exists() for x in (LOCK, METRICS))
     if folder.exists() and not ours and any(p.name != LOCK for p in folder.iterdir()):
         raise ConfigError(
-            f"output {folder} is not empty and holds no {CONFIG}: it is not a run of minilm-jax; "
-            "choose another --output"
+            f"output {folder} is not empty and is not a run of minilm-jax; choose another --output"
         )
     _compare(folder / CONFIG, config, override=override)
 

@@ -169,3 +169,12 @@ def test_a_finished_runs_versions_stay_those_it_was_computed_with(tmp_path, capl
         pass
     assert not caplog.records
     assert json.loads(versions.read_text())["jax"] == "0.4.1"
+
+
+def test_a_models_folder_is_not_taken_for_a_run(tmp_path):
+    """It has a config.json, which the run's would overwrite."""
+    (tmp_path / CONFIG).write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match="not a run of minilm-jax"), open_run(tmp_path, CONFIG_A):
+        pass
+    assert (tmp_path / CONFIG).read_text() == '{"model_type": "bert"}'
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG]
