@@ -200,11 +200,13 @@ def file_size_limit(folder):
 
 @pytest.mark.parametrize("disk", [full_disk, file_size_limit])
 def test_a_save_that_finds_no_room_leaves_the_one_before(tmp_path, disk):
-    """The disk fills up after step 7: the save of step 9 fails, and the run stops at once."""
+    """The disk fills up after step 7: the save of step 9 fails, and step 12 is not saved."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     for path in (whole, folder):
         path.mkdir()
-    expected = run(whole, log_every=12)
+    # No row of the metrics is due before step 15: it would meet the full disk as well.
+    steps = {"steps": 15, "log_every": 15}
+    expected = run(whole, **steps)
     with disk(folder) as (fill, make_room):
 
         def on_batch(step):
@@ -213,19 +215,32 @@ def test_a_save_that_finds_no_room_leaves_the_one_before(tmp_path, disk):
                     time.sleep(0.01)
                 fill()
 
-        # On a busy machine the row of step 12 may meet the full disk before the save is missed.
-        with pytest.raises((CheckpointError, OSError)) as error:
-            run(folder, on_batch=on_batch, log_every=12)
-        if isinstance(error.value, CheckpointError):
-            assert "could not be written" in str(error.value)
-            assert "\n" not in str(error.value)
+        with pytest.raises(CheckpointError) as error:
+            run(folder, on_batch=on_batch, **steps)
+        assert "could not be written" in str(error.value)
+        assert "\n" not in str(error.value)
         make_room()
         # Apart, because this process's threads still hold on to what they could not write.
         again = tmp_path / "again"
         shutil.copytree(folder, again, ignore=shutil.ignore_patterns("*-tmp", "filler"))
         complete = [p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
         assert sorted(complete) == ["3", "6"]
-    assert_same(run(again, log_every=12), expected)
+    assert_same(run(again, **steps), expected)
+
+
+def test_a_failed_save_is_noticed_without_waiting_for_the_next(tmp_path):
+    with full_disk(tmp_path) as (fill, make_room):
+        with (
+            pytest.raises(CheckpointError, match="could not be written"),
+            Checkpoints(tmp_path / "checkpoints") as checkpoints,
+        ):
+            fill()
+            checkpoints.save(3, state_of(3))
+            for _ in range(3000):
+                checkpoints.check()
+                time.sleep(0.01)
+            pytest.fail("no check noticed the failed save within 30 s")
+        make_room()
 
 
 def test_a_save_that_fails_does_not_hide_what_ended_the_run(tmp_path, caplog):
