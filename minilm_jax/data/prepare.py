@@ -6,11 +6,13 @@ repeated run goes on from, and the manifest is put together from them at the end
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -19,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -36,7 +37,13 @@ from minilm_jax.data.corpus import (
     shard_from_json,
 )
 from minilm_jax.data.documents import Document
-from minilm_jax.data.sources import Part, TextSource, read_part, split_source
+from minilm_jax.data.sources import (
+    Part,
+    TextSource,
+    read_part,
+    refuse_inside,
+    split_source,
+)
 from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from minilm_jax.differences import differences
 from minilm_jax.errors import DataError
@@ -45,6 +52,9 @@ from minilm_jax.signals import starting_processes
 _CHUNK_CHARACTERS = 1 << 20
 SPLITS = ("train", "heldout")
 _NO_TOKENS = "no tokens"
+_SETTINGS, _LOCK = "settings.json", ".lock"
+_SMALL_TEXT = 64 << 20
+"""Bytes; as much text is read beforehand where the first documents leave nothing held out."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ class _Task:
     output: Path
     tokenizer: Path
     dtype: Literal["uint16", "uint32"]
-    holdout_fraction: float
+    heldout_below: float
+    """A document whose hash is smaller is held out; 0 holds out none."""
     shard_tokens: int
 
 
@@ -114,7 +125,7 @@ def prepare(
         output: Folder to write.
         workers: Processes; 0 works in this one, None takes one for each core.
         holdout_fraction: Share of documents, chosen by a hash of their text, that go to the split
-            `heldout`. Equal texts go to the same split.
+            `heldout`. Equal texts go to the same split. Of a small corpus, one at least.
         shard_tokens: A shard ends after so many tokens; this much work is lost at most to an
             interruption, for each worker.
         finished_is_enough: Take a finished folder as it is, whatever became of the text since.
@@ -136,9 +147,14 @@ def prepare(
     loaded = load_tokenizer(tokenizer)
     settings = _settings(source, loaded, holdout_fraction, shard_tokens)
     finished = finished_is_enough and (output / MANIFEST).is_file()
-    # Before anything is written: a source that is not there leaves no folder behind.
-    parts = [] if finished else split_source(source)
+    # Before anything is written: what is refused here leaves no folder behind.
+    unread: Counter[str] = Counter()
+    parts = []
+    if not finished:
+        refuse_inside(source, output)
+        parts = split_source(source, skipped=unread)
     try:
+        _refuse_others(output)
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{output}: cannot be made ({error.strerror})") from error
@@ -149,17 +165,18 @@ def prepare(
         settings["parts"] = [part.key for part in parts]
         if (output / MANIFEST).is_file():
             return _finished(output, settings)
-        write_atomically(output / "settings.json", _json(settings))
+        write_atomically(output / _SETTINGS, _json(settings))
         _copy_tokenizer(loaded, output)
         dtype: Literal["uint16", "uint32"] = "uint16" if loaded.vocab_size <= 1 << 16 else "uint32"
+        heldout_below = _heldout_below(parts, holdout_fraction)
         tasks = [
-            _Task(part, output, output / "tokenizer", dtype, holdout_fraction, shard_tokens)
+            _Task(part, output, output / "tokenizer", dtype, heldout_below, shard_tokens)
             for part in parts
         ]
         _remove_leftovers(output, {part.key for part in parts})
         _check_disk(tasks)
         _run(tasks, workers, progress)
-        manifest = _manifest(tasks, loaded, settings)
+        manifest = _manifest(tasks, loaded, settings, unread)
         write_atomically(output / MANIFEST, manifest.to_json().encode())
         return manifest
 
@@ -184,14 +201,22 @@ def _json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
+def _refuse_others(output: Path) -> None:
+    """Raises DataError where the folder holds files, and no corpus was begun in it."""
+    if not output.is_dir() or (output / _SETTINGS).is_file():
+        return
+    # What a run leaves that is killed before it has written its settings.
+    own = (_LOCK, ".unfinished")
+    others = [path.name for path in output.iterdir() if not path.name.endswith(own)]
+    if others:
+        raise DataError(
+            f"{output}: holds other files ({', '.join(sorted(others)[:3])}); give a new folder"
+        )
+
+
 def _check_settings(output: Path, settings: dict[str, Any]) -> None:
-    path = output / "settings.json"
+    path = output / _SETTINGS
     if not path.is_file():
-        others = [p.name for p in output.iterdir() if p.name != ".lock"]
-        if others:
-            raise DataError(
-                f"{output}: holds other files ({', '.join(sorted(others)[:3])}); give a new folder"
-            )
         return
     before = json.loads(path.read_text("utf-8"))
     changed = [line for _, line in differences(_as_options(before), _as_options(settings))]
@@ -268,10 +293,10 @@ def _copy_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
         write_atomically(output / "tokenizer" / file.name, file.read_bytes())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
     try:
-        opened = (output / ".lock").open("a+")
+        opened = (output / _LOCK).open("a+")
     except OSError as error:
         raise DataError(
             f"{output}: cannot be written to ({error.strerror}); give another folder"
@@ -347,12 +372,12 @@ def _prepare_part(task: _Task, tokenizer: Tokenizer, report: Report) -> None:
     while not last:
         writers = {
             split: ShardWriter(task.output / split, f"{task.part.key}-{number:05d}", task.dtype)
-            for split in (SPLITS if task.holdout_fraction else SPLITS[:1])
+            for split in (SPLITS if task.heldout_below else SPLITS[:1])
         }
         try:
             last = True
             for chunk in _chunks(documents):
-                written = _write_chunk(chunk, tokenizer, writers, task.holdout_fraction)
+                written = _write_chunk(chunk, tokenizer, writers, task.heldout_below)
                 consumed += len(chunk)
                 without_tokens += len(chunk) - written.documents
                 report(written.documents, written.tokens, _characters(chunk))
@@ -391,18 +416,37 @@ def _write_chunk(
     chunk: list[Document],
     tokenizer: Tokenizer,
     writers: dict[str, ShardWriter],
-    holdout_fraction: float,
+    heldout_below: float,
 ) -> _Written:
     documents = tokens = 0
     encoded = tokenizer.encode([document.text for document in chunk])
     for document, ids in zip(chunk, encoded, strict=True):
         if not len(ids):
             continue
-        held_out = holdout_fraction and _unit_hash(document.text) < holdout_fraction
+        held_out = heldout_below and _unit_hash(document.text) < heldout_below
         writers["heldout" if held_out else "train"].add(ids, document.language)
         documents += 1
         tokens += len(ids)
     return _Written(documents, tokens)
+
+
+def _heldout_below(parts: list[Part], fraction: float) -> float:
+    """Returns the share of all hashes that is held out.
+
+    It is `fraction`, except where a small text has two documents or more and none of them would
+    be: then the one of the smallest hash is. The same in each run over the same text.
+    """
+    smallest: list[float] = []
+    if not fraction or sum(part.size for part in parts) > _SMALL_TEXT:
+        return fraction
+    for part in parts:
+        with contextlib.suppress(DataError):  # it will come up again, once all else is done
+            for document in read_part(part, skipped=Counter()):
+                found = _unit_hash(document.text)
+                if found < fraction:
+                    return fraction
+                smallest = sorted({*smallest, found})[:2]
+    return math.nextafter(smallest[0], 1.0) if len(smallest) == 2 else fraction
 
 
 def _unit_hash(text: str) -> float:
@@ -575,9 +619,11 @@ class _Meter:
         self._show(Progress(self._done, self._documents, self._tokens, now - self._begin))
 
 
-def _manifest(tasks: list[_Task], tokenizer: Tokenizer, settings: dict[str, Any]) -> Manifest:
+def _manifest(
+    tasks: list[_Task], tokenizer: Tokenizer, settings: dict[str, Any], unread: Counter[str]
+) -> Manifest:
     splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-    skipped: Counter[str] = Counter()
+    skipped = Counter(unread)
     for task in tasks:
         records = _records(task.output, task.part.key)
         skipped.update(records[-1].skipped)

@@ -22,6 +22,7 @@ _ENDINGS: dict[str, Format] = {
     ".txt": "text",
     ".text": "text",
     ".md": "text",
+    ".markdown": "text",
     ".rst": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -30,7 +31,7 @@ _ENDINGS: dict[str, Format] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-_MARKUP = frozenset({".md", ".rst"})
+_MARKUP = frozenset({".md", ".markdown", ".rst"})
 # Beside data these lie around as descriptions of it.
 _NOT_DATA = frozenset(
     {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -144,7 +145,7 @@ def read_documents(
         DataError: A path does not exist, a column is missing, a file is broken.
     """
     skipped = Counter() if skipped is None else skipped
-    for part in split_source(source):
+    for part in split_source(source, skipped=skipped):
         yield from read_part(part, skipped=skipped)
 
 
@@ -178,19 +179,21 @@ def _is_longer(text: str, size: int) -> bool:
     return 4 * len(text) > size and len(text.encode("utf-8", "surrogatepass")) > size
 
 
-def split_source(source: TextSource) -> list[Part]:
+def split_source(source: TextSource, *, skipped: Counter[str] | None = None) -> list[Part]:
     """Returns the parts of the source: the same for any number of workers.
 
     Large text and table files are cut into many parts, small files are gathered in one. There
-    are about 64 parts of at least 1 MiB and at most 256 MiB.
+    are about 64 parts of at least 1 MiB and at most 256 MiB. Files in folders that hold no text by
+    their endings are left out, and counted in `skipped`.
     """
+    skipped = Counter() if skipped is None else skipped
     if source.format == "machine-docs":
         return [Part(source, (Stretch("", "machine-docs", size=1),))]
     if source.format == "tfds":
         stretches = [s for name in source.paths for s in readers.tfds_stretches(source, name)]
     else:
         stretches = []
-        for path, format in _files(source):
+        for path, format in _files(source, skipped):
             if format == "text" and source.language_from == "column":
                 raise DataError(
                     f"{path}: a text file has no column {source.language_column!r}; set"
@@ -260,9 +263,23 @@ def _is_lines(source: TextSource, stretch: Stretch) -> bool:
     return stretch.format in ("text", "jsonl") and not whole_files
 
 
-def _files(source: TextSource) -> Iterator[tuple[Path, Format]]:
+def refuse_inside(source: TextSource, folder: Path) -> None:
+    """Raises DataError where `folder` lies in a folder that is read."""
+    if source.format in ("machine-docs", "tfds"):
+        return
+    real = Path(os.path.realpath(folder))
+    for path in (path for pattern in source.paths for path in _matches(pattern)):
+        if path.is_dir() and real.is_relative_to(os.path.realpath(path)):
+            raise DataError(
+                f"{folder} lies in {path}, where its files would be read as text the next time; "
+                "give another folder for the output"
+            )
+
+
+def _files(source: TextSource, skipped: Counter[str]) -> Iterator[tuple[Path, Format]]:
     """Yields each file once, where it is first reached."""
     reached: set[str] = set()
+    unread: set[str] = set()
     for pattern in source.paths:
         found = _matches(pattern)
         if not found:
@@ -271,8 +288,12 @@ def _files(source: TextSource) -> Iterator[tuple[Path, Format]]:
         for path in found:
             named = path == Path(pattern)
             for file, format in _files_below(path, source, named=named, walked=set()):
+                real = os.path.realpath(file)
+                if format is None:
+                    unread.add(real)
+                    continue
                 count += 1
-                if (real := os.path.realpath(file)) not in reached:
+                if real not in reached:
                     reached.add(real)
                     yield file, format
         if count == 0 and source.format not in ("auto", "huggingface"):
@@ -285,6 +306,9 @@ def _files(source: TextSource) -> Iterator[tuple[Path, Format]]:
                 f"{pattern}: no file with a known ending ({' '.join(_ENDINGS)}, also followed by"
                 " .gz .bz2 .xz .zst); rename the files or set format"
             )
+    left_out = {file for file in unread - reached if Path(file).name.lower() not in _NOT_DATA}
+    if left_out:
+        skipped["file of another kind"] += len(left_out)
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -296,7 +320,8 @@ def _matches(pattern: str) -> list[Path]:
 
 def _files_below(
     path: Path, source: TextSource, *, named: bool, walked: set[str]
-) -> Iterator[tuple[Path, Format]]:
+) -> Iterator[tuple[Path, Format | None]]:
+    """Yields the files below `path` and how each is read; None is not at all."""
     if path.is_dir():
         # A link may lead to a folder again, even from within it.
         if (real := os.path.realpath(path)) in walked:
@@ -312,10 +337,9 @@ def _files_below(
         return
     format = _format_of(path)
     if source.format not in ("auto", "huggingface"):
-        if named or source.format == format or format is None:
-            yield path, source.format
-    elif format is not None:
-        yield path, format
+        chosen = named or source.format == format or format is None
+        format = source.format if chosen else None
+    yield path, format
 
 
 def _format_of(path: Path) -> Format | None:

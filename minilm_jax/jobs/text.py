@@ -11,7 +11,7 @@ from minilm_jax.data.batches import Batches
 from minilm_jax.data.corpus import MANIFEST, Corpus
 from minilm_jax.data.masking import Masking
 from minilm_jax.data.prepare import prepare
-from minilm_jax.data.sources import read_documents
+from minilm_jax.data.sources import read_documents, refuse_inside
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.errors import ConfigError, DataError
 from minilm_jax.jobs.distill_config import DistillConfig
@@ -30,10 +30,14 @@ class Splits:
 
 
 def check_source(config: DistillConfig) -> None:
-    """Raises ConfigError where the run's raw text, if it is still needed, holds nothing."""
-    source, tokenised = config.text.source, config.output / CORPUS / MANIFEST
-    if source is None or tokenised.is_file():
+    """Raises ConfigError where the run's raw text, if it is still needed, holds nothing.
+
+    DataError where the run's folder lies in one of text.
+    """
+    source, corpus = config.text.source, config.output / CORPUS
+    if source is None or (corpus / MANIFEST).is_file():
         return
+    refuse_inside(source, corpus)
     if next(read_documents(source), None) is None:
         raise ConfigError("text.source holds no document")
 

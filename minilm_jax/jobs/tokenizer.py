@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minilm_jax.data.sources import TextSource, read_documents
+from minilm_jax.data.sources import TextSource, read_documents, refuse_inside
 from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.settings import Positive, Settings
@@ -34,6 +34,7 @@ class TokenizerConfig(Settings):
 
 def run(config: TokenizerConfig, *, say: Callable[[str], None] = print) -> Tokenizer:
     """Returns the tokenizer that now lies in the output folder."""
+    refuse_inside(config.source, config.output)
     skipped: Counter[str] = Counter()
     documents = read_documents(config.source, skipped=skipped)
     if config.kind == "wordpiece":

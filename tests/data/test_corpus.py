@@ -27,8 +27,10 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 def test_every_document_keeps_its_language(xlmr_folder, tmp_path):
     for code, count in (("de", 3), ("ar", 2), ("zh", 4)):
-        (tmp_path / f"{code}.txt").write_text("\n".join(f"{code} {i}" for i in range(count)))
-    source = TextSource(paths=(str(tmp_path),), documents="line", language_from="file")
+        file = tmp_path / "text" / f"{code}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(f"{code} {i}" for i in range(count)))
+    source = TextSource(paths=(str(tmp_path / "text"),), documents="line", language_from="file")
     prepare(source, tokenizer=xlmr_folder, output=tmp_path / "out", workers=0)
     corpus = Corpus.open(tmp_path / "out")
     assert corpus.languages == ("ar", "de", "zh")

@@ -366,7 +366,52 @@ def test_a_folder_with_other_files_is_left_alone(text, vocabulary, tmp_path):
     (tmp_path / "home" / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match=r"holds other files \(thesis\.txt\)"):
         prepare(text, tokenizer=vocabulary, output=tmp_path / "home", workers=0)
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
     assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("output", ["text/out", "text/deep/out", "link/out", "text"])
+def test_a_corpus_does_not_lie_in_its_own_text(text, vocabulary, tmp_path, output):
+    """Its tokenizer's vocab.txt would be read as text by the next run."""
+    (tmp_path / "link").symlink_to(tmp_path / "text")
+    before = files(tmp_path / "text")
+    with pytest.raises(DataError, match=r"lies in .*text, where its files would be read"):
+        prepare(text, tokenizer=vocabulary, output=tmp_path / output, workers=0)
+    assert files(tmp_path / "text") == before
+
+
+@pytest.mark.parametrize("documents", [1, 2, 5, 30])
+def test_a_small_text_holds_out_a_document(vocabulary, tmp_path, english, documents):
+    """Unless it has but one; where the share holds out some, those and no others."""
+    folder, out = tmp_path / "text", tmp_path / "out"
+    folder.mkdir()
+    for i, document in enumerate(english[:documents]):
+        (folder / f"{i}.md").write_text(document)
+    source, settings = TextSource(paths=(str(folder),)), {"tokenizer": vocabulary, "workers": 0}
+    prepare(source, output=out, holdout_fraction=1e-6, **settings)
+    sizes = [len(Corpus.open(out, split=split)) for split in ("train", "heldout")]
+    assert sizes == ([1, 0] if documents == 1 else [documents - 1, 1])
+    held = sum(prepare_module._unit_hash(document) < 0.5 for document in english[:documents])
+    prepare(source, output=tmp_path / "half", holdout_fraction=0.5, **settings)
+    assert len(Corpus.open(tmp_path / "half", split="heldout")) == max(held, documents > 1)
+
+
+def test_equal_documents_are_not_divided_to_hold_one_out(vocabulary, tmp_path, english):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.md").write_text(english[0])
+    source, out = TextSource(paths=(str(folder),)), tmp_path / "out"
+    prepare(source, tokenizer=vocabulary, output=out, workers=0, holdout_fraction=1e-6)
+    assert len(Corpus.open(out)) == 3
+
+
+def test_files_that_hold_no_text_are_counted(text, vocabulary, tmp_path):
+    for name in ("figure.png", "notes", "page.mdx", "dataset_info.json", ".hidden"):
+        (tmp_path / "text" / name).write_text("something")
+    (tmp_path / "text" / "again.png").symlink_to(tmp_path / "text" / "figure.png")
+    manifest = prepare(text, tokenizer=vocabulary, output=tmp_path / "out", workers=0)
+    assert manifest.skipped == {"file of another kind": 3}
 
 
 # A file: the worker runs it too, for its small chunks.

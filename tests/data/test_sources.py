@@ -48,6 +48,15 @@ def test_a_folder_is_read_in_the_order_of_names_with_all_known_formats(tmp_path)
     assert texts(tmp_path) == ["one", "two", "three", "four"]
 
 
+def test_what_leads_to_a_text_and_is_not_read_hides_it_from_nobody(tmp_path):
+    """A link whose name has no ending stands before the file, in the order of names."""
+    (tmp_path / "b.txt").write_text("one")
+    (tmp_path / "a").symlink_to(tmp_path / "b.txt")
+    skipped = Counter()
+    assert texts(tmp_path, skipped=skipped) == ["one"]
+    assert not skipped
+
+
 def test_machine_docs_need_no_path():
     first = next(read_documents(TextSource(format="machine-docs", language="xx")))
     assert first.language == "en" and len(first.text) > 100
