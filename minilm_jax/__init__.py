@@ -47,4 +47,4 @@ if not TYPE_CHECKING:  # or a misspelt name would be of type Any
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({name for name in globals() if name.startswith("__")} | {*__all__})

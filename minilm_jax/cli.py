@@ -153,9 +153,9 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
     return module, config
 
 
-def load_experiment(name: str) -> Any:
+def load_experiment(name: str | Path) -> Any:
     """Returns what an experiment names: FILE gives its `config`, FILE:NAME another variable."""
-    file, _, variant = name.partition(":")
+    file, _, variant = str(name).partition(":")
     variant = variant or "config"
     if not Path(file).is_file():
         beside = [str(path) for path in Path(file).parent.glob("*.py")]

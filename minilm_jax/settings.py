@@ -121,11 +121,12 @@ def _complaint(value: Any, declared: Any) -> str:
         complaints = [_complaint(value, part) for part in parts]
         return complaints[0] if all(complaints) else ""
     if kind is Literal:
-        return "" if value in parts else f" is {value!r}, which is none of {_listed(value, parts)}"
+        known = value in parts
+        return "" if known else f" is {_shown(value)}, which is none of {_listed(value, parts)}"
     if kind is tuple and isinstance(value, tuple):
         each = parts[:1] * len(value) if parts[-1:] == (...,) else parts
         if len(value) != len(each):
-            return f" is {value!r}, expected {len(each)} values"
+            return f" is {_shown(value)}, expected {len(each)} values"
         complaints = [_complaint(one, wanted) for one, wanted in zip(value, each, strict=True)]
         return next(filter(None, complaints), "")
     wanted = kind or declared
@@ -136,7 +137,13 @@ def _complaint(value: Any, declared: Any) -> str:
     if fits and not (isinstance(value, bool) and wanted in (int, float)):
         return ""
     article = "an" if wanted.__name__[0].lower() in "aeiou" else "a"
-    return f" is {value!r}, expected {article} {wanted.__name__}"
+    return f" is {_shown(value)}, expected {article} {wanted.__name__}"
+
+
+def _shown(value: Any) -> str:
+    """Returns what tells a value: a model's repr would be all its weights."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _listed(value: Any, choices: tuple[Any, ...]) -> str:

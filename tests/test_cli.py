@@ -111,7 +111,7 @@ def test_an_experiment_can_import_what_lies_beside_it(tmp_path, monkeypatch):
     (tmp_path / "beside_mine.py").write_text("STEPS = 3\n")
     experiment = tmp_path / "mine.py"
     experiment.write_text("from beside_mine import STEPS\n\nconfig = STEPS\n")
-    assert cli.load_experiment(str(experiment)) == 3
+    assert cli.load_experiment(str(experiment)) == cli.load_experiment(experiment) == 3
 
 
 OWN = """from __future__ import annotations

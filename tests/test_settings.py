@@ -3,11 +3,14 @@
 import dataclasses
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 
+from minilm_jax import cli
 from minilm_jax.errors import ConfigError
 from minilm_jax.settings import FINITE, Count, Positive, Rate, Settings, above, at_most, check
 
@@ -58,6 +61,37 @@ def test_a_setting_that_is_not_what_it_is_declared_as_is_refused(given, message)
     Outer(inner=Inner(), rate=0.5, limit=3, anything=object())
     with pytest.raises(ConfigError, match=f"^{re.escape(f'inner.{message}')}$"):
         Outer(**given)
+
+
+def test_a_value_too_long_to_be_read_is_cut_short():
+    with pytest.raises(ConfigError, match=r"^inner.steps is \[0, 1, .{93}…, expected an int$"):
+        Outer(steps=list(range(10_000)))
+
+
+GIVEN_WRONGLY = """
+import importlib
+from minilm_jax import SentenceEncoder, cli
+from minilm_jax.errors import ConfigError
+
+calls = [(importlib.import_module(f"minilm_jax.jobs.{job}").run, {}) for job in cli.COMMANDS]
+for call, given in [*calls, (SentenceEncoder, {"compute": "bf16"}), (SentenceEncoder, {})]:
+    try:
+        call(None, **given)
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_what_is_given_from_python_is_checked_without_these_tests_checks():
+    """In a process of its own: here beartype refuses what is of another type before we do."""
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN_WRONGLY], capture_output=True, text=True, check=True
+    )
+    *jobs, dtype, source = done.stdout.splitlines()
+    assert len(jobs) == len(cli.COMMANDS)
+    assert all(re.fullmatch(r"config is None, expected an? \w+Config", line) for line in jobs)
+    assert dtype == "compute is 'bf16', expected a Compute"
+    assert source == "source is None, expected a str"
 
 
 def test_replacing_a_setting_checks_it_too():

@@ -20,7 +20,13 @@ from minilm_jax.convert.output import replace_folder, write_json, write_manifest
 from minilm_jax.convert.safetensors_file import write_safetensors
 from minilm_jax.convert.sentence import read_sentence, write_sentence
 from minilm_jax.convert.strict_json import read_json
-from minilm_jax.convert.weights import Weights, find_weights, instead, open_weights
+from minilm_jax.convert.weights import (
+    WEIGHT_FILES,
+    Weights,
+    find_weights,
+    instead,
+    open_weights,
+)
 from minilm_jax.data.tokenizers import SENTENCEPIECE_FILE, TOKENIZER_FILES
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.errors import CheckpointError, MissingHeadError
@@ -99,6 +105,11 @@ def read_model(
         sentence=read_sentence(folder, max_length=config.max_length),
         stored_dtypes=dtypes,
     )
+
+
+def is_model(folder: Path) -> bool:
+    """Returns whether weights that `read_model` reads lie in the folder itself."""
+    return is_orbax(folder) or any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
 def keep_heads(model: Model, heads: Iterable[str] | None) -> Model:

@@ -31,37 +31,59 @@ def resolve(source: str | Path) -> Path:
     Raises:
       CheckpointError: there is no such folder, file or complete repository.
     """
-    path = Path(source)
+    return _local(source) or _download(_hub_id(source))
+
+
+def resolve_tokenizer(source: Path) -> Path:
+    """Returns the local folder of a tokenizer; of a Hub id the weights are left where they are."""
+    return _local(source) or _fetch(_hub_id(str(source)), [*TOKENIZER_FILES])
+
+
+def _local(source: str | Path) -> Path | None:
+    """Returns the path that `source` is, None where nothing is there."""
+    path, text = Path(source), str(source)
     with contextlib.suppress(RuntimeError):  # There is no such user.
         path = path.expanduser()
-    if path.exists():
-        return path
+    if not text:  # As a path it would be the current directory.
+        raise CheckpointError("the source is empty: give a folder, a weight file or a Hub id")
+    try:
+        return path if path.exists() else None
+    except OSError as error:
+        raise CheckpointError(f"{text:.80} cannot be looked for: {error.strerror}") from error
+
+
+def _hub_id(source: str | Path) -> str:
     text = str(source)
     if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or text.startswith((".", "~")):
         raise CheckpointError(f"{source} does not exist, and is not an id of the Hugging Face Hub")
-    return _download(text)
+    return text
 
 
 def _download(source: str) -> Path:
+    for form in _FORMS:
+        folder = _fetch(source, [*_SMALL, *form])
+        if any((folder / file).exists() for file in WEIGHT_FILES):
+            break
+    refuse_adapter(folder)
+    check_complete(folder, source=source)
+    return folder
+
+
+def _fetch(source: str, patterns: list[str]) -> Path:
+    """Returns the folder of a Hub id in the Hub's cache, with the files of these patterns."""
     import huggingface_hub  # Half a second, and most runs read a local folder.
 
     name, _, revision = source.partition("@")
     try:
-        for form in _FORMS:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    name, revision=revision or None, allow_patterns=[*_SMALL, *form]
-                )
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns
             )
-            if any((folder / file).exists() for file in WEIGHT_FILES):
-                break
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{source} is no local path and cannot be fetched from the Hub: {first_line(error)}"
         ) from error
-    refuse_adapter(folder)
-    check_complete(folder, source=source)
-    return folder
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,15 @@ def replace_folder(
       CheckpointError: `target` holds something that this package did not write, is the source, or
         holds the current directory.
     """
-    folder = check_target(target, source=source)
-    with _unwritable(target):
-        _write_and_rename(folder, fill)
+    with _ONE_AT_A_TIME:
+        folder = check_target(target, source=source)
+        with _unwritable(target):
+            _write_and_rename(folder, fill)
     return target
+
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Threads of this process would take each other's unfinished folders for those of a killed one."""
 
 
 def check_target(target: Path, *, source: Path | None = None) -> Path:
@@ -90,10 +96,9 @@ def check_target(target: Path, *, source: Path | None = None) -> Path:
 
     For whoever has gigabytes to read before there is anything to write.
     """
-    with _unwritable(target):
-        # Not Path.resolve, which raises a RuntimeError where links lead in a circle.
-        folder = Path(os.path.realpath(target))
-        if source is not None and folder == Path(os.path.realpath(source)):
+    with _ONE_AT_A_TIME, _unwritable(target):
+        folder = _real(target)
+        if source is not None and folder == _real(source):
             raise CheckpointError(f"{target} is the source itself: choose another target")
         if Path.cwd().is_relative_to(folder):
             raise CheckpointError(
@@ -111,6 +116,14 @@ def _unwritable(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _real(path: Path) -> Path:
+    # Not Path.resolve, which raises a RuntimeError where links lead in a circle.
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be a folder: {error}") from error
 
 
 def _refuse_work_of_others(folder: Path) -> None:

@@ -51,7 +51,7 @@ def read_sentence(folder: Path, *, max_length: int) -> Sentence | None:
 
     Args:
       folder: a model folder.
-      max_length: the encoder's, taken where the folder does not say.
+      max_length: the encoder's, taken where neither the folder nor its tokenizer says less.
 
     Raises:
       CheckpointError: a module or a pooling that `encoder.heads.pool` does not compute.
@@ -76,7 +76,7 @@ def read_sentence(folder: Path, *, max_length: int) -> Sentence | None:
     return Sentence(
         pooling=_pooling(pooling, folder / _POOLING),
         normalize=len(kinds) == 3,
-        max_length=_max_length(given, limits, max_length),
+        max_length=_max_length(given, limits, folder, max_length),
         lower_case=_flag(given, "do_lower_case", limits, default=False),
         include_prompt=_flag(pooling, "include_prompt", folder / _POOLING, default=True),
         settings=settings,
@@ -103,12 +103,15 @@ def _pooling(settings: Mapping[str, Any], file: Path) -> Pooling:
     return _MODES[on[0]]
 
 
-def _max_length(settings: Mapping[str, Any], file: Path | None, default: int) -> int:
+def _max_length(settings: Mapping[str, Any], file: Path | None, folder: Path, most: int) -> int:
     value = settings.get("max_seq_length")
     if value is None:
-        return default
-    if type(value) is not int or not 0 < value <= default:
-        raise CheckpointError(f"{file}: max_seq_length={value!r:.40} is not in 1..{default}")
+        # As sentence-transformers does; transformers writes 10³⁰ for "no limit".
+        tokenizer = folder / "tokenizer_config.json"
+        limit = read_json(tokenizer).get("model_max_length") if tokenizer.exists() else None
+        return min(limit, most) if type(limit) is int and limit > 0 else most
+    if type(value) is not int or not 0 < value <= most:
+        raise CheckpointError(f"{file}: max_seq_length={value!r:.40} is not in 1..{most}")
     return value
 
 

@@ -6,7 +6,7 @@ Corpus text is untrusted: a literal `[MASK]` or `<s>` in it is text and never be
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,8 +152,9 @@ class Tokenizer:
         table[list(self.special_ids)] = False
         return table
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Returns the ids of each text, without special tokens."""
+    def encode(self, texts: Iterable[str]) -> list[Ids]:
+        """Returns the ids of each text, without special tokens; DataError for one string."""
+        texts = _listed(texts)
         if all(len(text) <= _LONGEST_STRETCH for text in texts):
             return self._encode(texts)
         # Encoders take some hundred bytes a token: a book goes in piece by piece.
@@ -191,7 +192,7 @@ class Tokenizer:
         return Encoded(first + second, [0] * len(first) + [second_type] * len(second))
 
     def batch(
-        self, texts: Sequence[str], *, max_length: int, multiple_of: int = 1
+        self, texts: Iterable[str], *, max_length: int, multiple_of: int = 1
     ) -> dict[str, np.ndarray]:
         """Returns `input_ids` and `segments`, int32 `[B, L]`: a text a row, as `encode` takes them.
 
@@ -204,8 +205,9 @@ class Tokenizer:
         Raises:
           DataError: there is no text, one string instead of several, or no room for a token.
         """
-        if isinstance(texts, str) or not texts:
-            raise DataError(f"texts is {texts!r:.60}: give a list of one or more")
+        texts = _listed(texts)
+        if not texts:
+            raise DataError("texts is empty: give a list of one or more")
         return self.pad(self.encode(texts), max_length=max_length, multiple_of=multiple_of)
 
     def pad(
@@ -221,6 +223,12 @@ class Tokenizer:
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)], segments[row, : len(ids)] = ids, 1
         return {"input_ids": input_ids, "segments": segments}
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise DataError(f"texts is one str, {texts!r:.60}: give a list")
+    return list(texts)
 
 
 def _stretches(text: str, *, keep_space: bool) -> list[str]:

@@ -36,7 +36,7 @@ from minilm_jax.data.tokenizers import (
     load_tokenizer,
 )
 from minilm_jax.errors import CheckpointError, ConfigError, DataError
-from minilm_jax.settings import Settings, above, below
+from minilm_jax.settings import Settings, above, below, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ def run(config: ConvertConfig, *, report: Callable[[str], None] = print) -> Path
     Raises:
       UserError: something about source, target or verification; nothing is then left at target.
     """
+    check("config", config, ConvertConfig)
     check_target(config.target)
     model = read_model(
         config.source,

@@ -46,6 +46,7 @@ from minilm_jax.jobs.running import (
 from minilm_jax.jobs.teacher import check_heads, learn_tokenizer, load_teacher, open_tokenizer
 from minilm_jax.jobs.text import Splits, check_source, make_masking, open_splits, tokenise
 from minilm_jax.reductions import Loss
+from minilm_jax.settings import check
 from minilm_jax.signals import stoppable
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import Goodput
@@ -70,6 +71,7 @@ def run(
     What can be checked is checked before anything is written, and for both runs of a chain before
     the first one spends a week.
     """
+    check("config", config, DistillConfig | ChainConfig)
     first = config.assistant if isinstance(config, ChainConfig) else config
     say = join_hosts(first.train, say)
     with stoppable():

@@ -12,7 +12,7 @@ from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.evaluator import Evaluator, describe_scores, report_skips
 from minilm_jax.jobs.results import PREDICTIONS, RESULTS, TABLES, result_rows, write_tables
 from minilm_jax.jobs.trained_model import check_length, load, model_labels
-from minilm_jax.settings import Count, Settings, check_distinct
+from minilm_jax.settings import Count, Settings, check, check_distinct
 from minilm_jax.signals import stoppable
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.batches import RowConfig
@@ -65,6 +65,7 @@ class EvaluateConfig(Settings):
 @memory_explained("try a smaller --batch.batch-size")
 def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[ResultRow]:
     """Returns the figures measured, after writing predictions, results.csv and tables.md."""
+    check("config", config, EvaluateConfig)
     names = model_names(config)
     check_output(config.output)
     task = TASKS[config.task]

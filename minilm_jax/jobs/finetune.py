@@ -28,6 +28,7 @@ from minilm_jax.jobs.running import (
 )
 from minilm_jax.jobs.sweep import Runs, check_folder, sweep, sweep_runs
 from minilm_jax.jobs.trained_model import load
+from minilm_jax.settings import check
 from minilm_jax.signals import stoppable
 from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.hardware import memory_explained
@@ -48,6 +49,7 @@ def run(
 
     Started again after an interruption it continues; started again when finished it says so.
     """
+    check("config", config, FinetuneConfig)
     say = join_hosts(config.train, say)
     with stoppable():
         began = time.monotonic()

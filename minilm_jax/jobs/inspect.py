@@ -8,7 +8,7 @@ from pathlib import Path
 from minilm_jax.data.batches import Layout
 from minilm_jax.data.corpus import Split, Verify
 from minilm_jax.data.inspection import Inspection, inspect_corpus
-from minilm_jax.settings import Positive, Settings
+from minilm_jax.settings import Positive, Settings, check
 
 _SHOWN_CHARACTERS = 600
 
@@ -33,6 +33,7 @@ class InspectConfig(Settings):
 
 def run(config: InspectConfig, *, say: Callable[[str], None] = print) -> Inspection:
     """Returns the figures that it shows."""
+    check("config", config, InspectConfig)
     found = inspect_corpus(
         config.corpus,
         split=config.split,

@@ -34,7 +34,7 @@ from minilm_jax.jobs.distill_step import (
 )
 from minilm_jax.jobs.running import lift_step
 from minilm_jax.jobs.teacher import check_heads, describe_teacher
-from minilm_jax.settings import Settings, above, at_most
+from minilm_jax.settings import Settings, above, at_most, check
 from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.hardware import GIB, known_chip, memory_limit
@@ -112,6 +112,7 @@ def run(config: PlanConfig, *, say: Callable[[str], None] = print) -> tuple[Plan
     Raises:
       ConfigError: the settings contradict each other, or the hardware is not known.
     """
+    check("config", config, PlanConfig)
     local = config.hardware == "local"
     found = None if local else described_devices(config.hardware)
     if isinstance(config.run, ChainConfig):

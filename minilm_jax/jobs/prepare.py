@@ -9,7 +9,7 @@ from pathlib import Path
 from minilm_jax.data.corpus import Manifest
 from minilm_jax.data.prepare import SPLITS, Progress, prepare
 from minilm_jax.data.sources import TextSource
-from minilm_jax.settings import Count, Positive, Rate, Settings
+from minilm_jax.settings import Count, Positive, Rate, Settings, check
 from minilm_jax.signals import stoppable
 
 
@@ -20,7 +20,7 @@ class PrepareConfig(Settings):
     source: TextSource
     """The text."""
     tokenizer: Path
-    """Folder of the tokenizer: usually the teacher's model folder."""
+    """Folder of the tokenizer, usually the teacher's model folder, or a Hub id."""
     output: Path
     """Folder of the corpus."""
     workers: Count | None = None
@@ -34,10 +34,11 @@ class PrepareConfig(Settings):
 
 def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifest:
     """Returns the manifest of the finished corpus."""
+    check("config", config, PrepareConfig)
     with stoppable(), _Bar() if sys.stderr.isatty() else nullcontext() as bar:
         manifest = prepare(
             config.source,
-            tokenizer=config.tokenizer,
+            tokenizer=_local(config.tokenizer),
             output=config.output,
             workers=config.workers,
             holdout_fraction=config.heldout,
@@ -55,6 +56,15 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
     if not manifest.splits.get("heldout"):
         say("         holds out no document: minilm-jax distill needs some, see --heldout")
     return manifest
+
+
+def _local(tokenizer: Path) -> Path:
+    """Returns the folder of a tokenizer, downloaded where it is a Hub id."""
+    if tokenizer.exists():
+        return tokenizer
+    from minilm_jax.convert.hub import resolve_tokenizer  # it imports JAX
+
+    return resolve_tokenizer(tokenizer)
 
 
 class _Bar:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from minilm_jax.convert.model import Model
 from minilm_jax.convert.sentence import Sentence
 from minilm_jax.encoder.config import Compute
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.encoder.heads import Pooling, pool
 from minilm_jax.errors import ConfigError
-from minilm_jax.jobs.trained_model import load
+from minilm_jax.jobs.trained_model import load, tokenizer_of
 from minilm_jax.settings import Positive, check
 from minilm_jax.train.devices import Devices
 
@@ -40,7 +41,7 @@ class SentenceEncoder:
 
     def __init__(
         self,
-        source: str | Path,
+        source: str | Path | Model,
         *,
         pooling: Pooling | None = None,
         normalize: bool | None = None,
@@ -50,7 +51,8 @@ class SentenceEncoder:
         """Reads the model; what is not given is as the model's own files say.
 
         Args:
-          source: a folder, a Hub id, or the folder of a run of ours.
+          source: a folder, a Hub id, the folder of a run of ours, or a model that was read from
+            one of them.
           pooling: "mean" of the tokens or the first one's state, "cls". Needed where the source is
             an encoder alone.
           normalize: whether embeddings have length 1; False for an encoder alone.
@@ -65,14 +67,19 @@ class SentenceEncoder:
         check("pooling", pooling, Pooling | None)
         check("normalize", normalize, bool | None)
         check("max_length", max_length, int | None)
-        model, self._tokenizer = load(str(source))
+        check("compute", compute, Compute | None)
+        check("source", source, str | Path | Model)
+        if isinstance(source, Model):
+            model, self._tokenizer = source, tokenizer_of(source)
+        else:
+            model, self._tokenizer = load(str(source))
         config = model.config
         sentence = model.sentence
         if sentence is None:
             if pooling is None:
                 raise ConfigError(
-                    f"model {source} does not say how its states become an embedding: it has no "
-                    "modules.json; give pooling='mean' or pooling='cls'"
+                    f"model {model.source} does not say how its states become an embedding: it has "
+                    "no modules.json; give pooling='mean' or pooling='cls'"
                 )
             sentence = Sentence(pooling=pooling, normalize=False, max_length=config.max_length)
         given = {"pooling": pooling, "normalize": normalize, "max_length": max_length}
@@ -116,8 +123,8 @@ class SentenceEncoder:
         Raises:
           ConfigError: an argument is of another type, such as one string for `texts`.
         """
-        if isinstance(texts, str):
-            raise ConfigError(f"texts is one string, {texts!r:.60}: give a list")
+        if isinstance(texts, str | Mapping | Set):
+            raise ConfigError(f"texts is one {type(texts).__name__}, {texts!r:.60}: give a list")
         check("prompt", prompt, str | None)
         check("batch_tokens", batch_tokens, Positive)
         texts = list(texts)

@@ -9,7 +9,7 @@ from typing import Literal
 from minilm_jax.data.sources import TextSource, read_documents, refuse_inside
 from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
 from minilm_jax.data.tokenizers import Tokenizer
-from minilm_jax.settings import Positive, Settings
+from minilm_jax.settings import Positive, Settings, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class TokenizerConfig(Settings):
 
 def run(config: TokenizerConfig, *, say: Callable[[str], None] = print) -> Tokenizer:
     """Returns the tokenizer that now lies in the output folder."""
+    check("config", config, TokenizerConfig)
     refuse_inside(config.source, config.output)
     skipped: Counter[str] = Counter()
     documents = read_documents(config.source, skipped=skipped)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilm_jax.convert.folder import read_model
+from minilm_jax.convert.folder import is_model, read_model
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from minilm_jax.errors import ConfigError
@@ -18,16 +18,29 @@ def load(source: str) -> tuple[Model, Tokenizer]:
     """Returns a model and its tokenizer.
 
     Args:
-      source: a Hugging Face folder, a Hub id, or the folder of one of our runs, which stands for
+      source: a folder with a model, a Hub id, or the folder of one of our runs, which stands for
         its best model or its student.
     """
-    for inner in (BEST, STUDENT):
-        if (Path(source) / inner / "config.json").is_file():
-            source = str(Path(source) / inner)
-    model = read_model(source)
+    model = read_model(_of_run(source))
+    return model, tokenizer_of(model)
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """Returns the tokenizer that lies in the model's folder; ConfigError where none does."""
     if model.tokenizer_folder is None:
+        source = model.source or "without a folder"
         raise ConfigError(f"model {source} has no tokenizer files; copy them into its folder")
-    return model, load_tokenizer(model.tokenizer_folder, vocab_size=model.config.vocab_size)
+    return load_tokenizer(model.tokenizer_folder, vocab_size=model.config.vocab_size)
+
+
+def _of_run(source: str) -> str:
+    """Returns the model that a run's folder stands for; what has weights of its own is no run."""
+    folder = Path(source)
+    if source and not is_model(folder):
+        for inner in (BEST, STUDENT):
+            if is_model(folder / inner):
+                return str(folder / inner)
+    return source
 
 
 def check_length(lengths: LengthConfig, model: Model) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -605,6 +606,17 @@ def test_limits_of_older_sentence_transformers(good, tmp_path):
         read_model(out)
 
 
+@pytest.mark.parametrize("said, length", [(12, 12), (10**30, 20), (1e30, 20), (None, 20)])
+def test_without_a_limit_the_tokenizers_holds(good, tmp_path, said, length):
+    """As sentence-transformers looks for one."""
+    sentence = Sentence(pooling="mean", normalize=False, max_length=16)
+    out = write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "out")
+    (out / "tokenizer_config.json").write_text(json.dumps({"model_max_length": said}))
+    assert read_model(out).sentence.max_length == 16
+    (out / "sentence_bert_config.json").unlink()
+    assert read_model(out).sentence.max_length == length
+
+
 def test_unknown_pooling_is_refused(good, tmp_path):
     sentence = Sentence(pooling="mean", normalize=False, max_length=12)
     out = write_model(dataclasses.replace(good, sentence=sentence), tmp_path / "out")
@@ -691,6 +703,23 @@ def test_a_hub_id_gives_what_its_folder_gives(good, tmp_path, monkeypatch):
     assert there == {"config.json", "model.safetensors", *TOKENIZER_FILES, *SENTENCE_FILES}
 
 
+def test_a_hub_ids_tokenizer_is_fetched_without_its_weights(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def download(name, *, revision, allow_patterns):
+        calls.append((name, revision, set(allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.resolve_tokenizer(Path("org/name@v2")) == tmp_path
+    assert calls == [("org/name", "v2", set(TOKENIZER_FILES))]
+    assert hub.resolve_tokenizer(tmp_path) == tmp_path and len(calls) == 1
+    with pytest.raises(CheckpointError, match="does not exist, and is not an id"):
+        hub.resolve_tokenizer(tmp_path / "none")
+
+
 def test_offline_hub_is_one_sentence(monkeypatch):
     import huggingface_hub
     import huggingface_hub.errors
@@ -701,6 +730,27 @@ def test_offline_hub_is_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"cannot be fetched from the Hub: no connection$"):
         hub.resolve("org/name")
+
+
+def test_what_cannot_be_a_path_is_one_sentence(good, tmp_path):
+    for source, said in (
+        ("", "the source is empty"),
+        ("x" * 5000, r"x+ cannot be looked for: File name too long"),
+        ("a\0b", "does not exist"),
+    ):
+        with pytest.raises(CheckpointError, match=said) as error:
+            read_model(source)
+        assert len(str(error.value)) < 300
+    for target, said in (("a\0b", "cannot be a folder"), ("x" * 5000, "cannot be written")):
+        with pytest.raises(CheckpointError, match=said):
+            write_model(good, tmp_path / target)
+
+
+def test_threads_that_write_one_folder_do_so_in_turn(good, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_model(good, tmp_path / "out"), range(8)))
+    _same(good, read_model(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "out"]
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,28 @@ def test_a_batch_of_texts_is_what_transformers_makes_of_them(bert, bert_folder):
 @pytest.mark.parametrize(
     "texts, max_length, message",
     [
-        ("one text", 8, "texts is 'one text': give a list"),
-        ([], 8, "texts is \\[\\]: give a list"),
+        ("one text", 8, "texts is one str, 'one text': give a list"),
+        ([], 8, "texts is empty: give a list"),
+        ((text for text in ()), 8, "texts is empty: give a list"),
         (["one"], 2, "max_length is 2: give at least 3"),
     ],
 )
 def test_what_is_no_batch_is_refused(bert, texts, max_length, message):
     with pytest.raises(DataError, match=message):
         bert.batch(texts, max_length=max_length)
+
+
+def test_texts_may_come_in_any_order_of_things_and_not_as_one(bert):
+    texts = ["a few words", "more"]
+    expected = [ids.tolist() for ids in bert.encode(texts)]
+    for form in (tuple(texts), (text for text in texts), np.array(texts)):
+        assert [ids.tolist() for ids in bert.encode(form)] == expected
+    np.testing.assert_array_equal(
+        bert.batch(np.array(texts), max_length=8)["input_ids"],
+        bert.batch(texts, max_length=8)["input_ids"],
+    )
+    with pytest.raises(DataError, match="texts is one str, 'more': give a list"):
+        bert.encode("more")
 
 
 def test_a_batch_is_filled_with_the_pad_id_to_the_length_that_is_asked_for(xlmr_folder):

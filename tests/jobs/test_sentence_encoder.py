@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from tiny_models import write_tiny
 
 from minilm_jax.convert.folder import read_model, write_model
+from minilm_jax.convert.model import Model
 from minilm_jax.convert.sentence import Sentence
 from minilm_jax.encoder.encoder import encode
 from minilm_jax.errors import CheckpointError, ConfigError
 from minilm_jax.jobs.sentence_encoder import SentenceEncoder
+from minilm_jax.jobs.trained_model import load
 
 TEXTS = ["the student learns", "", "attention " * 200, "a value.  ", "The TEACHER", "of\nof"] * 9
 
@@ -66,6 +69,31 @@ def test_neither_order_nor_the_size_of_batches_matters(folder):
     assert np.isfinite(encoder(["half a pair \ud800"])).all()
 
 
+def test_a_model_that_is_read_already(folder):
+    model = read_model(folder)
+    expected = SentenceEncoder(folder, pooling="cls")(TEXTS)
+    np.testing.assert_array_equal(SentenceEncoder(model, pooling="cls")(TEXTS), expected)
+    made = Model(config=model.config, params=model.params)
+    with pytest.raises(ConfigError, match="model without a folder has no tokenizer files"):
+        SentenceEncoder(made, pooling="cls")
+
+
+def test_a_runs_folder_stands_for_its_model_and_a_models_for_itself(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    files = tokenizer_files(folder)
+    student = write_model(read_model(folder), run / "student", tokenizer_files=files)
+    (run / "config.json").write_text('{"a run": "of ours"}')
+    assert load(str(run))[0].source == str(student)
+    best = write_model(read_model(folder), run / "best", tokenizer_files=files)
+    assert load(str(run))[0].source == str(best)
+    for file in folder.iterdir():
+        shutil.copy(file, run)
+    assert load(str(run))[0].source == str(run)
+    monkeypatch.chdir(run)
+    with pytest.raises(CheckpointError, match="the source is empty"):
+        load("")
+
+
 @pytest.mark.parametrize("include_prompt", [True, False])
 def test_prompts_as_the_model_says(folder, tmp_path, include_prompt):
     """Left out of the mean, the tokens of a prompt are still attended to."""
@@ -98,7 +126,10 @@ def test_what_a_user_gets_wrong(folder, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         SentenceEncoder(tmp_path / "none")
     encoder = SentenceEncoder(folder, pooling="mean")
-    with pytest.raises(ConfigError, match="one string, 'a text': give a list"):
+    for texts in ({"a text", "another"}, {"a text": 1}):
+        with pytest.raises(ConfigError, match=r"texts is one (set|dict), .* give a list"):
+            encoder(texts)
+    with pytest.raises(ConfigError, match="one str, 'a text': give a list"):
         encoder("a text")
     with pytest.raises(ConfigError, match="batch_tokens must be at least 1"):
         encoder(["a text"], batch_tokens=0)
