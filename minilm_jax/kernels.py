@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from minilm_jax.rows import of_one_device, zeros_like_any
 
@@ -58,6 +58,18 @@ def pad_tokens(x: Array, *, axis: int = 1, with_value: int = 0) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % TILE)
     return jnp.pad(x, widths, constant_values=with_value)
+
+
+def row_deltas(
+    cotangent: Float[Array, "B L D"], mixed: Float[Array, "B L D"], *, heads: int
+) -> Float[Array, "B L H"]:
+    """Returns Σ_l p_l · slope_l of each row, which the gradient of its softmax subtracts, in fp32.
+
+    It is a product of attention's output and that one's gradient (D of FlashAttention-2's
+    algorithm 2, arXiv 2307.08691), where the slopes themselves would be an L x L array.
+    """
+    products = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
+    return products.reshape(*mixed.shape[:2], heads, -1).sum(axis=-1)
 
 
 class Side(NamedTuple):

@@ -24,7 +24,7 @@ from minilm_jax.encoder.dot_product_cpu import cpu_backward, cpu_forward
 from minilm_jax.encoder.dot_product_gpu import gpu_backward, gpu_forward
 from minilm_jax.encoder.dot_product_tpu import fits_tpu, tpu_backward, tpu_forward
 from minilm_jax.encoder.dropout import kept
-from minilm_jax.kernels import fill_up_head, fits_gpu, kernels_can_run
+from minilm_jax.kernels import fill_up_head, fits_gpu, kernels_can_run, row_deltas
 from minilm_jax.rows import fixed_shape, map_over_rows, mesh_platform, vary_like
 
 FORWARD_ELEMENTS = 2**20
@@ -196,9 +196,7 @@ def _plain_backward(
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"], Float[Array, "B L D"]]:
     """Returns the gradients of queries, keys and values."""
     rows = _Rows(segments, words, rate)
-    # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
-    products = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
-    delta = products.reshape(*mixed.shape[:2], heads, mixed.shape[-1] // heads).sum(axis=-1)
+    delta = row_deltas(cotangent, mixed, heads=heads)
     of_query, of_key, of_value = _replace_heads(
         partial(_backward_heads, rows=rows),
         (query, key, cotangent),

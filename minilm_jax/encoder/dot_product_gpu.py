@@ -26,6 +26,7 @@ from minilm_jax.kernels import (
     Output,
     Side,
     pad_tokens,
+    row_deltas,
     run_on_gpu,
 )
 
@@ -123,9 +124,7 @@ def gpu_backward(
     """Returns the gradients of queries, keys and values."""
     batch, length, width = query.shape
     problem = _Problem(length, heads, width // heads, rate)
-    # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
-    delta = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
-    delta = delta.reshape(batch, length, heads, -1).sum(axis=-1).swapaxes(1, 2)
+    delta = row_deltas(cotangent, mixed, heads=heads).swapaxes(1, 2)
     query, key, value, cotangent = (pad_tokens(x) for x in (query, key, value, cotangent))
     logsumexp, delta = (pad_tokens(x, axis=2) for x in (logsumexp, delta))
     segments = pad_tokens(segments, with_value=-1)

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minilm_jax.encoder.dropout import kept_of_sequence, odd
-from minilm_jax.kernels import LN_2, MASKED
+from minilm_jax.kernels import LN_2, MASKED, row_deltas
 from minilm_jax.rows import zeros_like_any
 
 LANES = 128
@@ -120,9 +120,7 @@ def tpu_backward(
     """Returns the gradients of queries, keys and values."""
     batch, length, _ = query.shape
     problem = _problem(query, heads=heads, rate=rate)
-    # Σ_l p_l · slope_l of the softmax's gradient is a product of what is at hand.
-    delta = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
-    delta = delta.reshape(batch, length, heads, -1).sum(axis=-1).swapaxes(1, 2)
+    delta = row_deltas(cotangent, mixed, heads=heads).swapaxes(1, 2)
 
     def lines(x: Float[Array, "B H L"]) -> Float[Array, "B G h l"]:
         return _pad_tokens(x, axis=2).reshape(batch, -1, problem.group, _padded(length))
