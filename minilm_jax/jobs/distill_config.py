@@ -52,7 +52,7 @@ class TextConfig(Settings, name="text"):
     corpora: tuple[Path, ...] = ()
     """Folders made by `minilm-jax prepare`; --text.source.paths (docs/data.md) replaces them."""
     heldout: Annotated[float, above(0), below(1)] = 0.05
-    """Share of a source's documents that is kept out of training."""
+    """Share of a source's documents that is kept out of training; of a small text one at least."""
     evaluate_batches: Positive = 16
     """Held-out batches the loss is measured on, at most."""
 

@@ -1,6 +1,7 @@
 """The loop: batches in, steps out, checkpoints and metrics on the way, and a clean stop."""
 
 import logging
+import math
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -129,6 +130,8 @@ def fit(
                     found = evaluate(state)
                     if found.heldout is not None and monitor is not None:
                         monitor.log_heldout(done, found.heldout)
+                        if not math.isfinite(found.heldout):
+                            log.warning("the held-out loss after step %d is not finite", done)
                     goodput.lap("evaluation")
                 # Asked after the evaluation, which may have taken long.
                 stopping = _agree_to_stop(stop, done, config)

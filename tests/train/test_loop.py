@@ -146,8 +146,11 @@ def test_the_best_is_kept_and_the_latest_resumed(tmp_path):
     assert account.seconds["evaluation"] > 0
 
 
-def test_a_heldout_loss_that_is_not_finite_is_never_the_best(tmp_path):
+def test_a_heldout_loss_that_is_not_finite_is_said_and_never_the_best(tmp_path, caplog):
     run(tmp_path, evaluate=heldout_of(0.5, math.nan, math.inf, 0.7), evaluate_every=3, keep=1)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"the held-out loss after step {step} is not finite" for step in (6, 9)
+    ]
     assert saved_steps(tmp_path) == [3, STEPS]
 
 
