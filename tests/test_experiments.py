@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import json
 from pathlib import Path
 
 import jax
@@ -9,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from minilm_jax.cli import load_experiment, parse
+from minilm_jax.data.machine_docs import machine_documents
+from minilm_jax.data.sources import TextSource
 from minilm_jax.distill.student import check_start, init_student, student_encoder_config
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.encoder.heads import MaskedLM
@@ -110,6 +114,15 @@ def test_every_student_of_both_papers_has_a_file():
     assert {"xlmr_large_12x384", "xlmr_large_6x384"} <= names
 
 
+@pytest.fixture(scope="module")
+def some_docs(tmp_path_factory):
+    """The first of what the smoke variants read, enough for their vocabularies."""
+    path = tmp_path_factory.mktemp("text") / "docs.jsonl"
+    lines = (json.dumps({"text": d.text}) for d in itertools.islice(machine_documents(), 1000))
+    path.write_text("\n".join(lines))
+    return path
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -124,13 +137,14 @@ def test_every_student_of_both_papers_has_a_file():
         pytest.param("ablations/bert_base_6x384_layer_to_layer", marks=pytest.mark.slow),
     ],
 )
-def test_a_smoke_variant_runs_to_its_student(file, tmp_path):
+def test_a_smoke_variant_runs_to_its_student(file, tmp_path, some_docs):
     config = load_experiment(str(ROOT / "experiments" / f"{file}.py:smoke"))
 
     def here(stage):
-        # Eight emulated devices compute the same, only slower.
+        # Eight emulated devices compute the same, and a short text is read as a long one, faster.
         train = dataclasses.replace(stage.train, devices=1)
-        return dataclasses.replace(stage, output=tmp_path / stage.output, train=train)
+        text = dataclasses.replace(stage.text, source=TextSource(paths=(str(some_docs),)))
+        return dataclasses.replace(stage, output=tmp_path / stage.output, train=train, text=text)
 
     if isinstance(config, ChainConfig):
         config = ChainConfig(assistant=here(config.assistant), student=here(config.student))
@@ -164,7 +178,7 @@ def test_an_objective_of_ones_own_needs_one_file(tmp_path, tiny_teacher, text_fi
     """experiments/own_objective.py, its options included, on a small teacher."""
     options = ["--objective.weight", "2.0", "--output", str(tmp_path / "run")]
     options += ["--teacher.source", str(tiny_teacher), "--teacher.sha256", "None"]
-    options += ["--text.source.format", "auto", "--text.source.paths", str(text_file)]
+    options += ["--text.source.format", "auto", "--text.source.paths", str(some_docs)]
     options += ["--text.heldout", "0.2", "--student.num-hidden-layers", "2"]
     options += ["--student.hidden-size", "48", "--student.num-attention-heads", "4"]
     options += ["--student.intermediate-size", "96", "--batch.batch-size", "8"]

@@ -437,7 +437,8 @@ def _heldout_below(parts: list[Part], fraction: float) -> float:
     be: then the one of the smallest hash is. The same in each run over the same text.
     """
     smallest: list[float] = []
-    if not fraction or sum(part.size for part in parts) > _SMALL_TEXT:
+    plenty = any(part.source.format == "machine-docs" for part in parts)
+    if not fraction or plenty or sum(part.size for part in parts) > _SMALL_TEXT:
         return fraction
     for part in parts:
         with contextlib.suppress(DataError):  # it will come up again, once all else is done
