@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minilm_jax.convert.apply import outputs
     from minilm_jax.convert.folder import read_model, write_model
     from minilm_jax.convert.model import Model
     from minilm_jax.data.tokenizers import load_tokenizer
@@ -23,6 +24,7 @@ __all__ = [
     "SentenceEncoder",
     "encode",
     "load_tokenizer",
+    "outputs",
     "read_model",
     "write_model",
 ]
@@ -34,6 +36,7 @@ _MODULES = {
     "SentenceEncoder": "jobs.sentence_encoder",
     "encode": "encoder.encoder",
     "load_tokenizer": "data.tokenizers",
+    "outputs": "convert.apply",
     "read_model": "convert.folder",
     "write_model": "convert.folder",
 }

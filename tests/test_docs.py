@@ -15,6 +15,7 @@ from minilm_jax.data.prepare import prepare
 from minilm_jax.data.sources import TextSource
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.encoder.encoder import init_params
+from minilm_jax.tasks.losses import init_head
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -50,6 +51,13 @@ def places(tmp_path_factory, text_file):
     )
     for name in NAMED:
         write_model(model, folder / name, tokenizer_files=sorted(tokenizer.iterdir()))
+    head = init_head(jax.random.key(1), config, "classes", classes=2, params=model.params)
+    classes = {"id2label": {"0": "good", "1": "bad"}}
+    write_model(
+        Model(config=config, params=jax.tree.map(np.asarray, head), hf_config=classes),
+        folder / "runs" / "my_texts" / "best",
+        tokenizer_files=sorted(tokenizer.iterdir()),
+    )
     prepare(
         TextSource(paths=(str(text_file),)),
         tokenizer=tokenizer,
@@ -75,5 +83,7 @@ def test_the_programs_of_a_page_run_one_after_another(page, places, tmp_path, mo
         exec(compile(program, page.name, "exec"), variables)
     if page.stem == "python":
         assert read_model("student").config.num_hidden_layers == 3
-        losses = re.findall(r"^(?:10|20) (\d\.\d+)$", capsys.readouterr().out, re.MULTILINE)
+        printed = capsys.readouterr().out
+        assert len(re.findall(r"^(?:good|bad)$", printed, re.MULTILINE)) == 2
+        losses = re.findall(r"^(?:10|20) (\d\.\d+)$", printed, re.MULTILINE)
         assert len(losses) == 2 and float(losses[1]) < float(losses[0])
