@@ -178,7 +178,7 @@ def test_an_objective_of_ones_own_needs_one_file(tmp_path, tiny_teacher, text_fi
     """experiments/own_objective.py, its options included, on a small teacher."""
     options = ["--objective.weight", "2.0", "--output", str(tmp_path / "run")]
     options += ["--teacher.source", str(tiny_teacher), "--teacher.sha256", "None"]
-    options += ["--text.source.format", "auto", "--text.source.paths", str(some_docs)]
+    options += ["--text.source.format", "auto", "--text.source.paths", str(text_file)]
     options += ["--text.heldout", "0.2", "--student.num-hidden-layers", "2"]
     options += ["--student.hidden-size", "48", "--student.num-attention-heads", "4"]
     options += ["--student.intermediate-size", "96", "--batch.batch-size", "8"]
