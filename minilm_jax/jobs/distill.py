@@ -108,14 +108,15 @@ class _Run:
 
     def finish(self) -> DistillResult:
         """Returns the result, computed or read."""
-        config, began = self.config, time.monotonic()
+        config, target = self.config, str(self.config.output / STUDENT)
         described = describe(config, teacher=self.teacher.fingerprint)
         with (
             own_folder(config.output, described, override=config.override),
             memory_explained(SAVES_MEMORY),
         ):
             if (config.output / RESULT).exists():
-                result = DistillResult(**read_json(config.output / RESULT))
+                found = DistillResult(**read_json(config.output / RESULT))
+                result = dataclasses.replace(found, student=target)  # which may have been moved
                 if not Path(result.student).is_dir():
                     raise ConfigError(
                         f"{config.output} is finished, but {result.student} is not there; remove "
@@ -128,13 +129,13 @@ class _Run:
             else:
                 self.say(_opening(config, self.teacher.config, self.shape, self.devices))
                 goodput = open_goodput(config.output, began=self.began)
-                result = self._export(*self._train(goodput), began)
+                result = self._export(*self._train(goodput))
                 self.say(f"\ntime     {goodput.account()}")
             _summarise(result, config, self.say)
             return result
 
     def _export(
-        self, params: dict[str, Any], figures: dict[str, float], tokenizer: Tokenizer, began: float
+        self, params: dict[str, Any], steps: int, figures: dict[str, float], tokenizer: Tokenizer
     ) -> DistillResult:
         """Writes student, plot and result."""
         config, target = self.config, self.config.output / STUDENT
@@ -148,8 +149,8 @@ class _Run:
         )
         result = DistillResult(
             student=str(target),
-            steps=config.train.steps,
-            seconds=time.monotonic() - began,
+            steps=steps,
+            seconds=time.monotonic() - self.began,
             heldout=figures,
         )
         if writes():
@@ -159,8 +160,8 @@ class _Run:
         write_result(config.output, result)
         return result
 
-    def _train(self, goodput: Goodput) -> tuple[dict[str, Any], dict[str, float], Tokenizer]:
-        """Returns the trained parameters, the held-out figures and the tokenizer."""
+    def _train(self, goodput: Goodput) -> tuple[dict[str, Any], int, dict[str, float], Tokenizer]:
+        """Returns the trained parameters, the steps taken, the held-out figures, the tokenizer."""
         config, teacher, devices = self.config, self.teacher, self.devices
         tokenizer = self.tokenizer or learn_tokenizer(config, teacher)
         splits = self.splits or open_splits(config, (tokenise(config, tokenizer),), tokenizer)
@@ -225,14 +226,15 @@ class _Run:
                     heldout=evaluate(evaluated_params(state, config.optimizer))
                 ),
             )
+            taken = int(state.step)
             if config.train.export == "best":
                 step, state = checkpoints.restore_best(state, devices.shardings(state))
                 self.say(f"the student is that of step {step}: the lowest held-out loss")
         params = evaluated_params(state, config.optimizer)
         figures["after"] = evaluate(params)
         goodput.lap("evaluation")
-        goodput.record(config.train.steps)
-        return params, figures, tokenizer
+        goodput.record(taken)
+        return params, taken, figures, tokenizer
 
 
 def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:

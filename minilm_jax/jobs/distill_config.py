@@ -109,10 +109,10 @@ class ChainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.student.teacher.source != ASSISTANT:
+        if self.student.teacher != TeacherConfig(source=ASSISTANT):
             raise ConfigError(
-                f"student.teacher.source of a chain is {ASSISTANT!r}, got "
-                f"{self.student.teacher.source!r}"
+                f"student.teacher of a chain is its assistant, TeacherConfig(source={ASSISTANT!r}) "
+                f"and nothing else, got {self.student.teacher}"
             )
         first, second = (config.output.absolute() for config in (self.assistant, self.student))
         if first == second or first in second.parents or second in first.parents:

@@ -55,7 +55,8 @@ def run(
         began = time.monotonic()
         # All of them made before anything is read: a value that cannot be is refused at once.
         runs = sweep_runs(config) if config.sweep.given else None
-        inputs = Inputs(config)
+        with fail_together():
+            inputs = Inputs(config)
         if runs is None:
             return _run(config, inputs, say, began=began)
         _check_sweep(config, runs, inputs)
@@ -105,17 +106,15 @@ def _run(
     described = _described(config, inputs)
     if (config.output / RESULT).exists():
         with own_folder(config.output, described, override=config.override):
-            result = FinetuneResult(**read_json(config.output / RESULT))
+            found = FinetuneResult(**read_json(config.output / RESULT))
+        # The folder may have been moved since.
+        result = dataclasses.replace(found, model=str(config.output / BEST))
         say(f"{config.output} is finished ({result.steps} steps); nothing to do.")
         _summarise(config, result, say)
         return result
-    training = _Training(
-        config,
-        inputs,
-        described=described,
-        began=time.monotonic() if began is None else began,
-        say=say,
-    )
+    began = time.monotonic() if began is None else began
+    with fail_together():
+        training = _Training(config, inputs, described=described, began=began, say=say)
     with (
         own_folder(config.output, described, override=config.override),
         memory_explained(SAVES_MEMORY),

@@ -21,6 +21,7 @@ from minilm_jax.train.loop import Evaluation, fit
 from minilm_jax.train.monitor import Monitor
 from minilm_jax.train.profile import PROFILE, Profile
 from minilm_jax.train.run_folder import (
+    CHECKPOINTS,
     METRICS,
     RESULT,
     jsonable,
@@ -111,7 +112,7 @@ def open_checkpoints(
 ) -> Checkpoints:
     """Returns the run's checkpoints, each with `metadata` and the versions it was computed with."""
     return Checkpoints(
-        output / "checkpoints",
+        output / CHECKPOINTS,
         keep=config.keep,
         keep_best=keep_best,
         metadata={**metadata, "versions": versions()},

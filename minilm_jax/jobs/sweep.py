@@ -64,7 +64,8 @@ def sweep(
             say(f"\n{inner.output.name}")
             result = run(inner)
             found.append(result)
-            rows += read_rows(inner.output / RESULTS)
+            # What `evaluate` has added to a run's rows has no seed, and is not of the sweep.
+            rows += [row for row in read_rows(inner.output / RESULTS) if row.seed]
         values = [result.selection for result in found]
         settings.append(
             {

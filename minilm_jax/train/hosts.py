@@ -117,16 +117,16 @@ def any_process(flag: bool) -> bool:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Raises a UserError of any process in all of them, which must all come here.
+    """Raises a UserError or OSError of any process in all of them, which must all come here.
 
     One process checks some things for all, such as the run's folder, and a file may be missing on
     one host alone. The other processes would wait for the one that failed, in the next collective
     operation, until they are ended without a word.
     """
-    error = None
+    error: UserError | OSError | None = None
     try:
         yield
-    except UserError as caught:
+    except (UserError, OSError) as caught:
         error = caught
     if jax.process_count() > 1:
         mine = np.zeros(_SENTENCE_BYTES, np.uint8)

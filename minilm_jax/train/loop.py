@@ -144,17 +144,13 @@ def fit(
                     goodput.record(done)
                 if stopping:
                     checkpoints.wait()
-                    # Another process may have had the signal.
-                    signum = stop[0] if stop else signal.SIGTERM
-                    raise Stopped(
-                        f"stopped by {signal.Signals(signum).name} after step {done}, which is "
-                        "saved; run the same command to continue",
-                        signum,
-                    )
+                    raise _stopped(stop, done)
                 if found.enough:
                     break
             checkpoints.wait()
             goodput.lap("checkpoints")
+            if any_process(bool(stop)):  # during the wait
+                raise _stopped(stop, done)
         finally:
             if monitor is not None:
                 monitor.close()
@@ -176,12 +172,21 @@ def _agree_to_stop(stop: list[int], done: int, config: TrainConfig) -> bool:
     return _due(done, config.log_every, config) and any_process(bool(stop))
 
 
+def _stopped(stop: list[int], done: int) -> Stopped:
+    # Another process may have had the signal.
+    signum = stop[0] if stop else signal.SIGTERM
+    return Stopped(
+        f"stopped by {signal.Signals(signum).name} after step {done}, which is saved; run the same "
+        "command to continue",
+        signum,
+    )
+
+
 def _settle(
     state: TrainState, pending: list[dict[str, Any]], done: int, nonfinite: NonfiniteSteps
 ) -> None:
     """Returns once the state is there and known to be sound: nothing poisoned is saved."""
-    if nonfinite.policy == "stop":
-        nonfinite.examine(pending, done)
+    nonfinite.examine(pending, done)
     jax.block_until_ready(state)  # whatever comes next would wait, but waiting is not saving
 
 

@@ -34,14 +34,15 @@ class NonfiniteSteps:
         devices: Devices,
     ) -> None:
         """Remembers where the batches come from, as in `loop.fit`, and where they go."""
-        self.policy = policy
+        self._policy = policy
         self._folder = folder
         self._batches = batches
         self._devices = devices
         self._dumped = 0
+        self._examined = 0
 
     def examine(self, pending: Sequence[Mapping[str, Any]], done: int) -> None:
-        """Stops or warns where a step is not finite; all processes do the same.
+        """Stops or warns where a step is not finite, once; all processes do the same.
 
         Args:
           pending: the metrics of the latest steps.
@@ -51,7 +52,7 @@ class NonfiniteSteps:
           UserError: one of them is not finite, and the policy is to stop.
         """
         for step, metrics in enumerate(pending, done - len(pending) + 1):
-            if metrics["finite"]:
+            if step <= self._examined or metrics["finite"]:
                 continue
             values = {
                 name: np.asarray(value)
@@ -62,12 +63,14 @@ class NonfiniteSteps:
             told = f"loss or gradient is not finite at step {step} ({', '.join(culprits)})"
             if self._dumped < DUMPS:
                 told += f", its batch is in {self._dump(step, values)}"
-            if self.policy == "stop":
+            if self._policy == "stop":
                 raise UserError(
-                    f"{told}: nothing of it was saved; lower the learning rate, or continue past "
-                    "such steps with --train.nonfinite skip"
+                    f"{told}: nothing of it was saved; lower the learning rate (--override "
+                    "optimizer.learning_rate), or continue past such steps with --train.nonfinite "
+                    "skip --override train.nonfinite"
                 )
             log.warning("%s: its update was skipped", told)
+        self._examined = done
 
     def _dump(self, step: int, values: Mapping[str, np.ndarray]) -> Path:
         """Writes arrays `batch.NAME` in the order of the rows, and `metrics.NAME`."""

@@ -17,7 +17,7 @@ from minilm_jax.errors import ConfigError
 
 CONFIG, RESULT, LOCK, METRICS = "config.json", "result.json", ".lock", "metrics.jsonl"
 VERSIONS = "versions.json"
-BEST, STUDENT = "best", "student"
+BEST, STUDENT, CHECKPOINTS = "best", "student", "checkpoints"
 """The model: of fine-tuning, and of distillation."""
 LIBRARIES = ("minilm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FREE = (
@@ -145,10 +145,16 @@ def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...])
 
 def _changes(path: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns what the file says otherwise; nothing where no step was taken with what it says."""
-    rows = path.parent / METRICS
-    if not path.exists() or not rows.exists() or not rows.stat().st_size:
+    if not path.exists() or not _took_a_step(path.parent):
         return []
     return differences(read_json(path), json.loads(json.dumps(value)))
+
+
+def _took_a_step(folder: Path) -> bool:
+    """Returns whether a step of the run is logged, or saved: that may come first."""
+    rows = folder / METRICS
+    logged = rows.exists() and rows.stat().st_size > 0
+    return logged or any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
 
 
 def read_json(path: Path) -> Any:

@@ -29,7 +29,7 @@ from minilm_jax.distill.student import StudentConfig
 from minilm_jax.distill.vocabulary import soft_labels
 from minilm_jax.encoder.config import Compute
 from minilm_jax.encoder.encoder import encode
-from minilm_jax.errors import UserError
+from minilm_jax.errors import ConfigError, UserError
 from minilm_jax.jobs import distill
 from minilm_jax.jobs.distill_config import (
     ASSISTANT,
@@ -312,8 +312,17 @@ def test_a_resumed_run_may_be_divided_otherwise(config):
     assert resumed.heldout == pytest.approx(whole.heldout, rel=1e-4)
     written = json.loads((config.output / "config.json").read_text())
     assert written["train"]["lift"] == "mesh" and written["compute"]["remat"]
-    _, said = run(config)
+    moved = config.output.rename(config.output.with_name("moved"))
+    result, said = run(dataclasses.replace(config, output=moved))
     assert "is finished after 8 steps; nothing to do" in said
+    assert result.student == str(moved / "student")
+    # What had gone further is exported as far as it went.
+    (moved / "result.json").unlink()
+    fewer = dataclasses.replace(train, steps=4)
+    result, _ = run(
+        dataclasses.replace(config, output=moved, train=fewer, override=("train.steps",))
+    )
+    assert result.steps == 8
 
 
 @pytest.mark.parametrize(
@@ -364,6 +373,13 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, change, 
         with pytest.raises(UserError, match=message):
             run(ChainConfig(assistant=assistant, student=student))
         assert not config.output.exists()
+
+
+def test_a_chains_student_has_its_assistant_for_a_teacher_and_no_other(config):
+    for teacher in (config.teacher, TeacherConfig(source=ASSISTANT, sha256="0" * 64)):
+        student = dataclasses.replace(config, teacher=teacher, output=config.output / "student")
+        with pytest.raises(ConfigError, match=r"student\.teacher of a chain is its assistant"):
+            ChainConfig(assistant=config, student=student)
 
 
 def test_a_chain_whose_second_folder_is_anothers_trains_nothing(config, tmp_path):

@@ -394,6 +394,9 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_model(official, bert, tmp_pat
     said = []
     assert finetune.run(config, say=said.append) == again
     assert "is finished (6 steps)" in said[0]
+    moved = dataclasses.replace(config, output=config.output.rename(tmp_path / "moved"))
+    assert finetune.run(moved, say=quiet).model == str(tmp_path / "moved" / "best")
+    moved.output.rename(config.output)
     for name in ("result.json", "evaluations.json"):
         (tmp_path / "cut" / name).unlink()
     rest = finetune.run(config, say=quiet)
@@ -728,7 +731,7 @@ def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
     sweep = make("rte", bert, official, tmp_path / "sweep", sweep=seeds)
     first, _ = finetune.run(sweep, say=quiet)
     (added,) = evaluate.run(
-        EvaluateConfig(
+        mine := EvaluateConfig(
             task="rte",
             models=(first.model,),
             data=TaskData(folder=official),
@@ -739,6 +742,9 @@ def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
         ),
         say=quiet,
     )
+    # And what was evaluated into a run's stays there.
+    inner = Path(first.model).parent
+    evaluate.run(dataclasses.replace(mine, output=inner, name="inner"), say=quiet)
     finetune.run(dataclasses.replace(sweep, sweep=SweepConfig(seeds=(1, 2, 3))), say=quiet)
     rows = read_rows(sweep.output / "results.csv")
     assert [row.seed for row in rows] == ["1", "2", "3", ""] and rows[-1] == added

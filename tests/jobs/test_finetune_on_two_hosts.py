@@ -94,3 +94,18 @@ def test_two_processes_fine_tune_the_model_of_one(tmp_path, lift):
         for name in ("one", "two")
     )
     assert one == two
+    # What one of them misses, both say, and neither waits for the other.
+    (tmp_path / "empty").mkdir()
+    refused = [
+        start(
+            experiment,
+            tmp_path / "three",
+            devices=2,
+            options=[*hosts, str(process), *(["--data.folder", missing] if process else [])],
+        )
+        for process, missing in ((0, ""), (1, str(tmp_path / "empty")))
+    ]
+    for process in refused:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        assert str(tmp_path / "empty") in errors

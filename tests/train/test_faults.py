@@ -4,8 +4,10 @@ import contextlib
 import gc
 import itertools
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 from small_run import STEPS, assert_same, batch_at, run
 
 from minilm_jax.errors import CheckpointError, DataError, UserError
+from minilm_jax.signals import Stopped
 from minilm_jax.train import checkpoint
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.devices import Devices
@@ -311,6 +314,24 @@ def test_a_batch_whose_loss_is_not_finite_is_dumped(tmp_path, lift, policy, capl
         for name, value in poisoned(step - 1).items():
             np.testing.assert_array_equal(dumped[f"batch.{name}"], value)
         assert not np.isfinite(dumped["metrics.loss"])
+
+
+def test_a_step_that_was_skipped_before_a_stop_is_told_once(tmp_path, caplog):
+    def poisoned(step):
+        batch = batch_at(step)
+        return {**batch, "x": batch["x"] * np.nan} if step == 2 else batch
+
+    def stop(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = {"batches": poisoned, "nonfinite": "skip", "log_every": 10}
+    with pytest.raises(Stopped):
+        run(tmp_path, on_batch=stop, save_every=2, **settings)
+    assert caplog.text.count("not finite at step 3") == 1
+    assert (tmp_path / "nonfinite-step-3.npz").exists()
+    run(tmp_path, **settings)
+    assert caplog.text.count("not finite") == 1
 
 
 def test_a_run_that_only_skips_does_not_fill_the_disk(tmp_path, caplog):

@@ -44,6 +44,23 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, whole, interrupted):
     assert (tmp_path / "metrics.jsonl").read_text() == whole[1]
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_stops_what_follows(
+    tmp_path, whole, monkeypatch
+):
+    finish = Checkpoints.wait
+
+    def wait(checkpoints):
+        if checkpoints.latest() == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finish(checkpoints)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "wait", wait)
+        with pytest.raises(Stopped, match=f"SIGTERM after step {STEPS}, which is saved"):
+            run(tmp_path)
+    assert_same(run(tmp_path), whole[0])
+
+
 def test_a_gradient_that_is_exactly_0_is_told(tmp_path, caplog):
     run(tmp_path / "sound", steps=4)
     assert "gradient" not in caplog.text

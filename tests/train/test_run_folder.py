@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minilm_jax.errors import ConfigError
-from minilm_jax.train.run_folder import CONFIG, METRICS, RESULT, open_run
+from minilm_jax.train.run_folder import CONFIG, METRICS, RESULT, check_run, open_run
 
 CONFIG_A = {"steps": 10, "optimizer": {"learning_rate": 0.1, "b1": 0.9}, "layers": (1, 2)}
 
@@ -60,6 +60,16 @@ def test_settings_of_a_run_that_took_no_step_can_be_mended(tmp_path):
         with open_run(tmp_path, {**CONFIG_A, "steps": steps}):
             (tmp_path / "metrics.jsonl").touch()
     assert json.loads((tmp_path / CONFIG).read_text())["steps"] == 20
+
+
+def test_a_step_that_is_saved_was_taken_before_a_row_of_it_is_logged(tmp_path):
+    with open_run(tmp_path, CONFIG_A):
+        (tmp_path / METRICS).touch()
+        (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="differs from this one"):
+        check_run(tmp_path, {**CONFIG_A, "steps": 20})
+    (tmp_path / "checkpoints" / "6").rename(tmp_path / "checkpoints" / "unreadable-6")
+    check_run(tmp_path, {**CONFIG_A, "steps": 20})
 
 
 def test_an_override_that_names_something_else_is_said(tmp_path):
