@@ -14,7 +14,7 @@ from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.distill.student import StudentConfig, check_start, student_encoder_config
 from minilm_jax.encoder.config import Compute, EncoderConfig
 from minilm_jax.errors import ConfigError
-from minilm_jax.settings import Positive, Settings, above, below
+from minilm_jax.settings import Positive, Settings, above, below, check_distinct
 from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig, make_schedule
 from minilm_jax.train.run_folder import STUDENT
@@ -52,7 +52,8 @@ class TextConfig(Settings, name="text"):
     corpora: tuple[Path, ...] = ()
     """Folders made by `minilm-jax prepare`; --text.source.paths (docs/data.md) replaces them."""
     heldout: Annotated[float, above(0), below(1)] = 0.05
-    """Share of a source's documents that is kept out of training; of a small text one at least."""
+    """Share of a source's documents that is kept out of training; of a small text one at least.
+    Prepared corpora have the share that they were made with."""
     evaluate_batches: Positive = 16
     """Held-out batches the loss is measured on, at most."""
 
@@ -60,6 +61,7 @@ class TextConfig(Settings, name="text"):
         super().__post_init__()
         if (self.source is None) == (not self.corpora):
             raise ConfigError(_ONE_TEXT)
+        check_distinct("text.corpora", self.corpora)
 
     def drop_overridden(self, names: Set[str]) -> "TextConfig":
         """Returns the text for a command line that gives the fields `names`.

@@ -375,6 +375,11 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, change, 
         assert not config.output.exists()
 
 
+def test_a_corpus_is_not_given_twice(tmp_path):
+    with pytest.raises(ConfigError, match=r"text\.corpora has a value twice"):
+        TextConfig(corpora=(tmp_path / "a", tmp_path / "b", tmp_path / "a"))
+
+
 def test_a_chains_student_has_its_assistant_for_a_teacher_and_no_other(config):
     for teacher in (config.teacher, TeacherConfig(source=ASSISTANT, sha256="0" * 64)):
         student = dataclasses.replace(config, teacher=teacher, output=config.output / "student")
