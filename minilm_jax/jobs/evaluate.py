@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from minilm_jax.convert.model import Model
+from minilm_jax.differences import differences
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.evaluator import Evaluator, describe_scores, report_skips
@@ -21,6 +22,7 @@ from minilm_jax.tasks.features import LengthConfig
 from minilm_jax.tasks.tables import ResultRow, append_rows, read_rows
 from minilm_jax.train.devices import Devices, Lift
 from minilm_jax.train.hardware import memory_explained
+from minilm_jax.train.run_folder import CONFIG, METRICS, read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[R
         model, tokenizer = load(source)
         check_name(name, task, model, config.output / RESULTS)
         check_length(config.lengths, model)
+        _tell_other_lengths(config, model, say)
         labels = model_labels(task, model, config.labels)
         evaluator = Evaluator(
             task,
@@ -105,6 +108,20 @@ def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[R
     say(f"\npredictions  {config.output / PREDICTIONS}\nresults      {config.output / RESULTS}")
     say(f"tables       {config.output / TABLES}")
     return rows
+
+
+def _tell_other_lengths(config: EvaluateConfig, model: Model, say: Callable[[str], None]) -> None:
+    """Says where a run of ours was fine-tuned with other lengths: its own score was another."""
+    run = model.folder and model.folder.parent
+    if run is None or not ((run / METRICS).is_file() and (run / CONFIG).is_file()):
+        return
+    before = read_json(run / CONFIG).get("lengths")
+    if not isinstance(before, dict):
+        return
+    changed = differences(before, dataclasses.asdict(config.lengths), "lengths")
+    if changed:
+        lines = "; ".join(line for _, line in changed)
+        say(f"note: {run} was fine-tuned with other lengths ({lines}); give it its own to compare")
 
 
 def parts(config: EvaluateConfig) -> list[Part]:

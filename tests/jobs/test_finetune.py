@@ -744,7 +744,17 @@ def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
     )
     # And what was evaluated into a run's stays there.
     inner = Path(first.model).parent
-    evaluate.run(dataclasses.replace(mine, output=inner, name="inner"), say=quiet)
+    said: list[str] = []
+    evaluate.run(dataclasses.replace(mine, output=inner, name="inner"), say=said.append)
+    assert "other lengths" not in "\n".join(said)
+    longer = dataclasses.replace(LENGTHS, max_length=LENGTHS.max_length + 8)
+    evaluate.run(
+        dataclasses.replace(mine, output=tmp_path / "longer", models=(str(inner),), lengths=longer),
+        say=said.append,
+    )
+    noted = [line for line in said if line.startswith(f"note: {inner} was fine-tuned with other")]
+    assert len(noted) == 1
+    assert f"lengths.max_length: {LENGTHS.max_length} -> {longer.max_length}" in noted[0]
     finetune.run(dataclasses.replace(sweep, sweep=SweepConfig(seeds=(1, 2, 3))), say=quiet)
     rows = read_rows(sweep.output / "results.csv")
     assert [row.seed for row in rows] == ["1", "2", "3", ""] and rows[-1] == added
