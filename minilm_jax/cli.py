@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import types
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
@@ -30,9 +30,6 @@ class Command(NamedTuple):
     summary: str
     experiment: Literal["", "is the config", "is its field run"] = ""
     """What the experiment file is to the command, where it starts from one."""
-    interruption: Literal["in order", "at once"] = "in order"
-    """What SIGINT does. At once: the job is native code, which Python's handlers wait for, and
-    has nothing to save or to remove."""
 
 
 COMMANDS = {
@@ -47,9 +44,7 @@ COMMANDS = {
     "plan": Command("plan", ("PlanConfig",), "estimate memory, FLOPs and time", "is its field run"),
     "prepare": Command("prepare", ("PrepareConfig",), "tokenise text into a corpus"),
     "inspect": Command("inspect", ("InspectConfig",), "show what a corpus holds"),
-    "tokenizer": Command(
-        "tokenizer", ("TokenizerConfig",), "learn a new vocabulary", interruption="at once"
-    ),
+    "tokenizer": Command("tokenizer", ("TokenizerConfig",), "learn a new vocabulary"),
     "convert": Command(
         "convert", ("ConvertConfig",), "convert a checkpoint between PyTorch and JAX"
     ),
@@ -82,9 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         name, *rest = argv
         if name not in COMMANDS:
             raise ConfigError(f"unknown command {name!r}{_nearest(name, COMMANDS)}")
-        module, config = parse(name, rest)
-        at_once = COMMANDS[name].interruption == "at once"
-        with interrupted_at_once() if at_once else nullcontext():
+        with interrupted_at_once():  # but for the jobs that have something to save or to remove
+            module, config = parse(name, rest)
             module.run(config)
     except UserError as error:
         print(f"minilm-jax: {error}", file=sys.stderr)
@@ -92,8 +86,6 @@ def main(argv: list[str] | None = None) -> int:
         if signum is None:
             return EXIT_USER_ERROR
         return 130 if signum == signal.SIGINT else EXIT_STOPPED
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         return EXIT_UNREAD
     except OSError as error:

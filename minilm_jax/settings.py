@@ -16,13 +16,17 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    TypeVar,
     Union,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
 )
 
 from minilm_jax.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class Bound(NamedTuple):
@@ -79,6 +83,17 @@ class Settings:
         fields: Any = self  # a dataclass, as every subclass is
         for field in dataclasses.fields(fields):
             check(self._name + field.name, getattr(self, field.name), declared[field.name])
+
+
+def over(own: T, options: Any) -> T:
+    """Returns settings with those options in their place that are given.
+
+    Args:
+      own: a dataclass.
+      options: a dataclass of the same fields; None is not given.
+    """
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return cast(T, dataclasses.replace(cast(Any, own), **given))
 
 
 def check_distinct(name: str, values: Sequence[Any], *, each: str = "") -> None:

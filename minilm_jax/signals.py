@@ -1,8 +1,10 @@
 """SIGTERM and SIGINT: the first ends a job in order, a second one ends the process."""
 
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from minilm_jax.errors import UserError
@@ -21,33 +23,50 @@ class Stopped(UserError):  # noqa: N818 - an outcome, not a fault
 class _Asked(BaseException):
     """A signal, on its way through whatever the job was at; no handler of errors stops it."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(left: str = "run the same command to continue") -> Iterator[None]:
     """Ends a job at the first SIGTERM or SIGINT, wherever it is; a second one ends the process.
 
     What handles the signals itself while it runs, such as a training loop that finishes its step
     and saves it, does so inside of this.
 
+    Args:
+      left: what the user is told about what the job left undone.
+
     Raises:
       Stopped: a signal arrived.
     """
+    received: list[int] = []
 
     def ask(signum: int) -> None:
-        raise _Asked(signum)
+        received.append(signum)
+        raise _Asked
 
+    def ignored(unraisable: Any) -> None:
+        # Raised where Python cannot but ignore it: JAX has a callback of the garbage collector,
+        # and finalizers run anywhere. Here it would be ignored, too, so it comes again.
+        if unraisable.exc_type is not _Asked:
+            hook(unraisable)
+            return
+        held.enter_context(first_signal(ask))
+        timer = threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), received[0]))
+        held.callback(timer.cancel)
+        timer.start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     try:
-        with first_signal(ask):
+        with ExitStack() as held:
+            held.enter_context(first_signal(ask))
             yield
-    except _Asked as asked:
-        raise Stopped(
-            f"stopped by {signal.Signals(asked.signum).name}; run the same command to continue",
-            asked.signum,
-        ) from None
+    except BaseException as error:
+        # Libraries make an error of their own of what they are interrupted by.
+        if not received or isinstance(error, Stopped):
+            raise
+        said = f"stopped by {signal.Signals(received[0]).name}; {left}"
+        raise Stopped(said, received[0]) from error
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextmanager

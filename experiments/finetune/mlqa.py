@@ -2,7 +2,7 @@
 
 command   minilm-jax finetune experiments/finetune/mlqa.py --data.folder data/mlqa
           minilm-jax evaluate --task mlqa --models runs/mlqa --data.folder data/mlqa --splits test
-          --pairs all --lengths.max-length 512 --output runs/mlqa/gxlt        (G-XLT, 49 pairs)
+          --pairs all --output runs/mlqa/gxlt                                 (G-XLT, 49 pairs)
 data      train-v1.1.json of SQuAD, and the folder MLQA_V1
 hardware  one accelerator; not run at full size yet
 expected  mMiniLM-L12xH384: F1/EM 63.2/44.7 on average, en 79.4/66.5

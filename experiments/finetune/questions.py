@@ -3,7 +3,7 @@
 command   minilm-jax finetune experiments/finetune/questions.py --model runs/quickstart/student
           --data.train train.jsonl --data.dev dev.jsonl --output runs/my_questions
           minilm-jax evaluate --task questions --models runs/my_questions --data.test test.jsonl
-          --splits test --output scores --lengths.max-length 384 --lengths.doc-stride 128
+          --splits test --output scores
 data      .jsonl or SQuAD's .json: question, context, answers (empty where the context does not
           answer it), optionally id, language, question_language (docs/tasks.md)
 hardware  one accelerator; two CPU cores will do for a few hundred questions

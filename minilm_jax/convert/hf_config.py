@@ -112,7 +112,10 @@ _NEVER = {
 }
 
 
-TASK_SETTINGS = ("finetuning_task", "id2label", "label2id", "num_labels", "problem_type")
+TASK_SETTINGS = (
+    *("finetuning_task", "task_specific_params", "id2label", "label2id", "num_labels"),
+    "problem_type",
+)
 """What a config.json says of the task that a model was fine-tuned for."""
 
 

@@ -37,6 +37,7 @@ from minilm_jax.data.tokenizers import (
 )
 from minilm_jax.errors import CheckpointError, ConfigError, DataError
 from minilm_jax.settings import Settings, above, below, check
+from minilm_jax.signals import stoppable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class ConvertConfig(Settings):
             )
 
 
+@stoppable("nothing was converted")
 def run(config: ConvertConfig, *, report: Callable[[str], None] = print) -> Path:
     """Returns the written folder.
 

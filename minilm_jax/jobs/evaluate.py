@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 from minilm_jax.convert.model import Model
-from minilm_jax.differences import differences
+from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.encoder.config import Compute
 from minilm_jax.errors import ConfigError
-from minilm_jax.jobs.evaluator import Evaluator, describe_scores, report_skips
+from minilm_jax.jobs.evaluator import Evaluator, PartData, describe_scores, report_skips
 from minilm_jax.jobs.results import PREDICTIONS, RESULTS, TABLES, result_rows, write_tables
-from minilm_jax.jobs.trained_model import check_length, load, model_labels
-from minilm_jax.settings import Count, Settings, check, check_distinct
-from minilm_jax.signals import stoppable
-from minilm_jax.tasks.answers import AnswerConfig
+from minilm_jax.jobs.trained_model import check_length, load, model_labels, own_settings
+from minilm_jax.settings import Count, Settings, check, check_distinct, over
+from minilm_jax.tasks.answers import AnswerOptions
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, Part, Task, TaskData, TaskName, all_pairs
-from minilm_jax.tasks.features import LengthConfig
+from minilm_jax.tasks.features import LengthOptions
 from minilm_jax.tasks.tables import ResultRow, append_rows, read_rows
 from minilm_jax.train.devices import Devices, Lift
 from minilm_jax.train.hardware import memory_explained
-from minilm_jax.train.run_folder import CONFIG, METRICS, read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +46,8 @@ class EvaluateConfig(Settings):
     """MLQA: question in the context's language (XLT), or all 49 pairs (G-XLT)."""
     labels: tuple[str, ...] = ()
     """The model's class names in the order of its outputs, where its config has none."""
-    lengths: LengthConfig = dataclasses.field(default_factory=LengthConfig)
-    answers: AnswerConfig = dataclasses.field(default_factory=AnswerConfig)
+    lengths: LengthOptions = dataclasses.field(default_factory=LengthOptions)
+    answers: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
     batch: RowConfig = dataclasses.field(default_factory=RowConfig)
     compute: Compute = dataclasses.field(default_factory=Compute)
     lift: Lift = "pmap"
@@ -63,65 +61,96 @@ class EvaluateConfig(Settings):
         check_distinct("languages", self.languages)
 
 
-@stoppable()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """A model and all that it is to be scored on."""
+
+    config: EvaluateConfig
+    """With the model's own settings where the evaluation has none."""
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    evaluator: Evaluator
+    parts: list[PartData]
+
+
 @memory_explained("try a smaller --batch.batch-size")
 def run(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> list[ResultRow]:
     """Returns the figures measured, after writing predictions, results.csv and tables.md."""
     check("config", config, EvaluateConfig)
-    names = model_names(config)
+    models = list(zip(config.models, model_names(config), strict=True))
     check_output(config.output)
-    task = TASKS[config.task]
     devices = Devices(config.lift)
     devices.check_batch(config.batch.batch_size)
+    if len(models) > 1:
+        # What would be refused must not come to light after hours of the others. All of them are
+        # read twice, where all at once might not fit.
+        for source, name in models:
+            _open(config, source, name, devices)
     rows: list[ResultRow] = []
-    asked = parts(config)
-    for source, name in zip(config.models, names, strict=True):
-        model, tokenizer = load(source)
-        check_name(name, task, model, config.output / RESULTS)
-        check_length(config.lengths, model)
-        _tell_other_lengths(config, model, say)
-        labels = model_labels(task, model, config.labels)
-        evaluator = Evaluator(
-            task,
-            model,
-            tokenizer,
-            labels=labels,
-            devices=devices,
-            lengths=config.lengths,
-            answers=config.answers,
-            batch=config.batch,
-            compute=config.compute,
-        )
-        folder = config.output / PREDICTIONS / _as_folder(name)
-        # All of them before the first is scored: a missing file must not come to light after it.
-        for data in [evaluator.read(config.data, part, limit=config.limit) for part in asked]:
-            report_skips(data, say)
-            result = evaluator.score(model.params, data)
-            evaluator.write(result, folder)
-            found = result_rows(
-                result, name=name, task=task, model=model, tokenizer=tokenizer, settings=config
-            )
-            append_rows(config.output / RESULTS, found)
-            rows += found
-            say(f"{name}  {task.name} {data.part}  {describe_scores(result.scores)}")
-    write_tables(config.output)
+    for source, name in models:
+        rows += _score(_open(config, source, name, devices), say)
+        write_tables(config.output)
     say(f"\npredictions  {config.output / PREDICTIONS}\nresults      {config.output / RESULTS}")
     say(f"tables       {config.output / TABLES}")
     return rows
 
 
-def _tell_other_lengths(config: EvaluateConfig, model: Model, say: Callable[[str], None]) -> None:
-    """Says where a run of ours was fine-tuned with other lengths: its own score was another."""
-    run = model.folder and model.folder.parent
-    if run is None or not ((run / METRICS).is_file() and (run / CONFIG).is_file()):
-        return
-    before = read_json(run / CONFIG).get("lengths")
-    if not isinstance(before, dict):
-        return
-    changed = differences(before, dataclasses.asdict(config.lengths), "lengths")
-    if changed:
-        lines = "; ".join(line for _, line in changed)
-        say(f"note: {run} was fine-tuned with other lengths ({lines}); give it its own to compare")
+def _open(config: EvaluateConfig, source: str, name: str, devices: Devices) -> _Scored:
+    """Returns a model with the parts read; ConfigError or DataError where they do not fit."""
+    task = TASKS[config.task]
+    model, tokenizer = load(source)
+    check_name(name, task, model, config.output / RESULTS)
+    labels = model_labels(task, model, config.labels)
+    lengths, answers = own_settings(task, model)
+    lengths, answers = over(lengths, config.lengths), over(answers, config.answers)
+    check_length(lengths, model)
+    evaluator = Evaluator(
+        task,
+        model,
+        tokenizer,
+        labels=labels,
+        devices=devices,
+        lengths=lengths,
+        answers=answers,
+        batch=config.batch,
+        compute=config.compute,
+    )
+    return _Scored(
+        config=dataclasses.replace(
+            config,
+            lengths=LengthOptions(**vars(lengths)),
+            answers=AnswerOptions(**vars(answers)),
+        ),
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        evaluator=evaluator,
+        # All of them before the first is scored: a missing file must not come to light after it.
+        parts=[evaluator.read(config.data, part, limit=config.limit) for part in parts(config)],
+    )
+
+
+def _score(scored: _Scored, say: Callable[[str], None]) -> list[ResultRow]:
+    """Returns a model's figures, after writing them and its predictions."""
+    config, model, task = scored.config, scored.model, TASKS[scored.config.task]
+    rows: list[ResultRow] = []
+    for data in scored.parts:
+        report_skips(data, say)
+        result = scored.evaluator.score(model.params, data)
+        scored.evaluator.write(result, config.output / PREDICTIONS / _as_folder(scored.name))
+        found = result_rows(
+            result,
+            name=scored.name,
+            task=task,
+            model=model,
+            tokenizer=scored.tokenizer,
+            settings=config,
+        )
+        append_rows(config.output / RESULTS, found)
+        rows += found
+        say(f"{scored.name}  {task.name} {data.part}  {describe_scores(result.scores)}")
+    return rows
 
 
 def parts(config: EvaluateConfig) -> list[Part]:

@@ -10,7 +10,7 @@ from minilm_jax.convert.hf_config import without_task
 from minilm_jax.convert.model import Model
 from minilm_jax.encoder.encoder import init_params
 from minilm_jax.jobs.finetune_config import FinetuneConfig
-from minilm_jax.jobs.trained_model import named_labels
+from minilm_jax.jobs.trained_model import named_labels, scored_as
 from minilm_jax.tasks.catalog import Kind, Task
 from minilm_jax.tasks.losses import TaskModel, init_head
 from minilm_jax.tasks.own import label_names
@@ -53,7 +53,7 @@ def start_model(
     params = init_head(
         key, source.config, task.kind, classes=len(labels) if labels else 1, params=known
     )
-    hf_config = without_task(source.hf_config) | {"finetuning_task": task.name}
+    hf_config = without_task(source.hf_config) | scored_as(task, config.lengths, config.answers)
     if labels:
         hf_config["id2label"] = {str(i): name for i, name in enumerate(labels)}
         hf_config["label2id"] = {name: i for i, name in enumerate(labels)}

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from minilm_jax import __version__
+from minilm_jax.atomic import write_atomically
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.jobs.evaluator import PartResult
@@ -76,4 +77,4 @@ def write_results(folder: Path, rows: Sequence[ResultRow]) -> None:
 def write_tables(folder: Path) -> None:
     """Writes tables.md of everything in results.csv, the published rows beside ours."""
     if (folder / RESULTS).exists():
-        (folder / TABLES).write_text(tables(read_rows(folder / RESULTS)), "utf-8")
+        write_atomically(folder / TABLES, tables(read_rows(folder / RESULTS)))

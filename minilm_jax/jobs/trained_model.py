@@ -1,7 +1,9 @@
 """A trained model as a task takes it: its weights, tokenizer and the names of its classes."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -9,9 +11,12 @@ from minilm_jax.convert.folder import is_model, read_model
 from minilm_jax.convert.model import Model
 from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from minilm_jax.errors import ConfigError
+from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.catalog import Task
 from minilm_jax.tasks.features import LengthConfig
 from minilm_jax.train.run_folder import BEST, STUDENT
+
+T = TypeVar("T", LengthConfig, AnswerConfig)
 
 
 def load(source: str) -> tuple[Model, Tokenizer]:
@@ -50,6 +55,37 @@ def check_length(lengths: LengthConfig, model: Model) -> None:
             f"lengths.max_length={lengths.max_length} is longer than the model's "
             f"{model.config.max_length} positions"
         )
+
+
+def scored_as(task: Task, lengths: LengthConfig, answers: AnswerConfig) -> dict[str, Any]:
+    """Returns what a fine-tuned model's config.json says of how it was scored."""
+    settings = {"lengths": dataclasses.asdict(lengths), "answers": dataclasses.asdict(answers)}
+    return {"finetuning_task": task.name, "task_specific_params": {task.name: settings}}
+
+
+def own_settings(task: Task, model: Model) -> tuple[LengthConfig, AnswerConfig]:
+    """Returns how a model was scored when it was fine-tuned, whatever of the tasks it was on.
+
+    What its config.json does not say is as in the papers.
+
+    Raises:
+      ConfigError: what it says is of the wrong type or out of range.
+    """
+    every = model.hf_config.get("task_specific_params")
+    own = every.get(model.hf_config.get("finetuning_task")) if isinstance(every, dict) else None
+    said = own if isinstance(own, dict) else {}
+    lengths = LengthConfig(max_length=384) if task.kind == "span" else LengthConfig()
+    try:
+        return _as_said(lengths, said.get("lengths")), _as_said(AnswerConfig(), said.get("answers"))
+    except ConfigError as error:
+        raise ConfigError(
+            f"model {model.source}: task_specific_params of its config.json: {error}"
+        ) from None
+
+
+def _as_said(default: T, said: Any) -> T:
+    names = vars(default).keys() & (said.keys() if isinstance(said, dict) else ())
+    return dataclasses.replace(default, **{name: said[name] for name in names})
 
 
 def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str, ...]:

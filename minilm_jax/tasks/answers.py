@@ -29,6 +29,18 @@ class AnswerConfig(Settings, name="answers"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswerOptions(Settings, name="answers"):
+    """Another choice of spans than the one a model was fine-tuned with; None keeps its own."""
+
+    n_best: Positive | None = None
+    """Starts and ends looked at in a window, and answers kept; else 20."""
+    max_answer_length: Positive | None = None
+    """Tokens of the longest answer; else 30."""
+    null_threshold: float | None = None
+    """SQuAD 2.0: no answer is given where its score leads the best span's by more; else 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One possible answer; start == end == 0 and no text: that there is none."""
 

@@ -25,6 +25,18 @@ class LengthConfig(Settings, name="lengths"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LengthOptions(Settings, name="lengths"):
+    """Other lengths than those that a model was fine-tuned with; None keeps its own."""
+
+    max_length: Positive | None = None
+    """Of a row, special tokens included. Models that do not say theirs: 128, of questions 384."""
+    max_query_length: Positive | None = None
+    """Questions are cut to this; else 64."""
+    doc_stride: Positive | None = None
+    """Tokens from the beginning of one window to that of the next; else 128."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Window:
     """The part of a context that a row holds, and its way back to the text."""
 

@@ -59,8 +59,8 @@ def append_rows(path: Path, rows: Sequence[ResultRow]) -> None:
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         read_rows(path)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        file.write(_as_csv(rows, header=new))
+    with path.open("ab", buffering=0) as file:  # in one piece, whenever the process is killed
+        file.write(_as_csv(rows, header=new).encode())
 
 
 def write_rows(path: Path, rows: Sequence[ResultRow]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -33,10 +34,10 @@ from minilm_jax.jobs.finetune_config import FinetuneConfig, ScheduleConfig, Swee
 from minilm_jax.jobs.sweep import sweep_runs
 from minilm_jax.signals import Stopped
 from minilm_jax.tasks import losses
-from minilm_jax.tasks.answers import AnswerConfig
+from minilm_jax.tasks.answers import AnswerConfig, AnswerOptions
 from minilm_jax.tasks.batches import RowConfig
 from minilm_jax.tasks.catalog import TASKS, Part, TaskData
-from minilm_jax.tasks.features import LengthConfig
+from minilm_jax.tasks.features import LengthConfig, LengthOptions
 from minilm_jax.tasks.tables import read_rows
 from minilm_jax.train.config import EngineConfig
 from minilm_jax.train.devices import Devices
@@ -158,7 +159,6 @@ def test_every_glue_task_from_files_to_table_and_submission(official, bert, tmp_
             data=TaskData(folder=official),
             output=tmp_path / "scores",
             splits=("dev", "test", "test-mm", "ax") if task == "mnli" else ("dev", "test"),
-            lengths=LENGTHS,
             batch=RowConfig(batch_size=16, layout="padded"),
         ),
         say=quiet,
@@ -225,8 +225,9 @@ def test_xnli_selects_on_fifteen_languages_and_reports_the_test_sets(
 
 @pytest.mark.parametrize("task", ["squad1", "squad2"])
 def test_squad_learns_its_own_questions(tmp_path, bert, task):
-    data = write_squad(tmp_path / "squad")
-    config = make(task, bert, data, tmp_path / "run", steps=60)
+    data, version = write_squad(tmp_path / "squad"), {"squad1": "1.1", "squad2": "2.0"}[task]
+    chosen = AnswerConfig(n_best=7, max_answer_length=12)
+    config = make(task, bert, data, tmp_path / "run", steps=60, answers=chosen)
     result = finetune.run(config, say=quiet)
     scores = result.scores["dev-en"]
     assert scores["f1"] == scores["exact"] == 100.0
@@ -239,6 +240,39 @@ def test_squad_learns_its_own_questions(tmp_path, bert, task):
         assert scores["best_f1"] == 100.0 and "no_answer_f1" in scores
         odds = json.loads((folder / "squad2-dev-en-no-answer-odds.json").read_text())
         assert odds["qx"] > 0 > odds["q0"]
+    # The model is scored as the run scored it, wherever it lies and whatever the task is called.
+    copied = shutil.copytree(tmp_path / "run/best", tmp_path / "copied")
+    for asked in (task, "questions"):
+        again = EvaluateConfig(
+            task=asked,
+            models=(str(copied),),
+            data=TaskData(folder=data)
+            if asked == task
+            else TaskData(dev=data / f"dev-v{version}.json"),
+            output=tmp_path / asked,
+            batch=RowConfig(batch_size=8, bucket=64),
+        )
+        (row, *_) = evaluate.run(again, say=quiet)
+        settings = json.loads(row.settings)
+        assert settings["lengths"] == dataclasses.asdict(LENGTHS)
+        assert settings["answers"] == dataclasses.asdict(chosen)
+    written = tmp_path / task / "predictions/copied" / f"{task}-dev-en-nbest.json"
+    assert written.read_text() == (folder / f"{task}-dev-en-nbest.json").read_text()
+    # Unless other settings are given, or the model does not say.
+    given = {"lengths": LengthOptions(doc_stride=20), "answers": AnswerOptions(n_best=2)}
+    (row, *_) = evaluate.run(dataclasses.replace(again, **given), say=quiet)
+    settings = json.loads(row.settings)
+    assert settings["lengths"] == dataclasses.asdict(LENGTHS) | {"doc_stride": 20}
+    assert settings["answers"] == dataclasses.asdict(chosen) | {"n_best": 2}
+    stored = json.loads((copied / "config.json").read_text())
+    stored["task_specific_params"][task]["lengths"]["max_length"] = 0
+    (copied / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"copied: task_specific_params of its config.json: len"):
+        evaluate.run(again, say=quiet)
+    del stored["task_specific_params"]
+    (copied / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"max_length=384 is longer than the model's 128"):
+        evaluate.run(again, say=quiet)
 
 
 def test_mlqa_trains_on_squad_selects_on_english_and_reports_seven_languages(
@@ -257,7 +291,6 @@ def test_mlqa_trains_on_squad_selects_on_english_and_reports_seven_languages(
             name="ours",
             splits=("test",),
             pairs="all",
-            lengths=LENGTHS,
             batch=RowConfig(batch_size=8, bucket=64),
         ),
         say=quiet,
@@ -301,13 +334,12 @@ def test_selection_early_stopping_and_the_best_kept(official, bert, tmp_path, mo
         models=tuple(str(p) for p in sorted((tmp_path / "run").glob("step-*"))),
         data=TaskData(folder=official),
         output=tmp_path / "scores",
-        lengths=LENGTHS,
         batch=RowConfig(batch_size=8),
     )
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "load", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped, match="run the same command to continue"):
-            evaluate.run(config, say=quiet)
+    # One that would be refused is, before the first is scored.
+    with pytest.raises(ConfigError, match=r"has no sequence classifier; fine-tune it on sst2"):
+        evaluate.run(dataclasses.replace(config, models=(*config.models, str(bert))), say=quiet)
+    assert not (tmp_path / "scores").exists()
     rows = evaluate.run(config, say=quiet)
     assert [row.name for row in rows] == ["step-2", "step-4", "step-6", "step-8"]
     # Another call into the same output: the table would show one model's figure as the other's.
@@ -610,7 +642,6 @@ def test_own_texts_keep_their_class_names(bert, tmp_path):
         data=TaskData(dev=dev),
         output=tmp_path / "scores",
         languages=("de", "fr"),
-        lengths=LENGTHS,
         batch=RowConfig(batch_size=8),
     )
     figures = evaluate.run(scored, say=quiet)
@@ -737,24 +768,13 @@ def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
             data=TaskData(folder=official),
             output=sweep.output,
             name="mine",
-            lengths=LENGTHS,
             batch=RowConfig(batch_size=8),
         ),
         say=quiet,
     )
     # And what was evaluated into a run's stays there.
     inner = Path(first.model).parent
-    said: list[str] = []
-    evaluate.run(dataclasses.replace(mine, output=inner, name="inner"), say=said.append)
-    assert "other lengths" not in "\n".join(said)
-    longer = dataclasses.replace(LENGTHS, max_length=LENGTHS.max_length + 8)
-    evaluate.run(
-        dataclasses.replace(mine, output=tmp_path / "longer", models=(str(inner),), lengths=longer),
-        say=said.append,
-    )
-    noted = [line for line in said if line.startswith(f"note: {inner} was fine-tuned with other")]
-    assert len(noted) == 1
-    assert f"lengths.max_length: {LENGTHS.max_length} -> {longer.max_length}" in noted[0]
+    evaluate.run(dataclasses.replace(mine, output=inner, name="inner"), say=quiet)
     finetune.run(dataclasses.replace(sweep, sweep=SweepConfig(seeds=(1, 2, 3))), say=quiet)
     rows = read_rows(sweep.output / "results.csv")
     assert [row.seed for row in rows] == ["1", "2", "3", ""] and rows[-1] == added
@@ -771,7 +791,6 @@ def test_a_model_is_not_scored_on_classes_it_does_not_name(official, bert, tmp_p
             models=(str(model),),
             data=TaskData(folder=official),
             output=tmp_path / "scores",
-            lengths=LENGTHS,
             batch=RowConfig(batch_size=8),
             **changes,
         )
@@ -837,7 +856,6 @@ def test_results_are_not_added_to_somebody_elses_file(official, bert, tmp_path):
                 models=(str(tmp_path / "run"),),
                 data=TaskData(folder=official),
                 output=tmp_path / "scores",
-                lengths=LENGTHS,
                 batch=RowConfig(batch_size=8),
             ),
             say=quiet,
