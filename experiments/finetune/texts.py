@@ -1,11 +1,11 @@
-"""Fine-tune a student on your own texts and labels.
+"""Fine-tune a student on your own texts and labels: classes, or numbers (texts.py:scores).
 
 command   minilm-jax finetune experiments/finetune/texts.py --model runs/quickstart/student
           --data.train train.tsv --data.dev dev.tsv --output runs/my_texts
           minilm-jax evaluate --task texts --models runs/my_texts --data.test test.tsv
           --splits test --output scores
-data      .tsv with a header line, or .jsonl: text, label, optionally text_pair, id, language
-          (docs/tasks.md); the classes are the labels of the training set
+data      .tsv or .csv with a header line, or .jsonl: text, label, optionally text_pair, id,
+          language (docs/tasks.md); the classes are the labels of the training set
 hardware  two CPU cores will do for a few thousand short texts and a student of six layers
 expected  depends on your data; the run selects its best checkpoint on the dev set
 source    learning rate: MiniLM (arXiv 2002.10957), appendix B; 10 % warm-up and weight decay 0.01
@@ -34,6 +34,7 @@ config = FinetuneConfig(
     schedule=ScheduleConfig(epochs=4, warmup_ratio=0.1),
     train=EngineConfig(log_every=10),
 )
+scores = dataclasses.replace(config, task="scores", output=Path("runs/my_scores"))
 smoke = dataclasses.replace(
     config,
     batch=RowConfig(batch_size=8),

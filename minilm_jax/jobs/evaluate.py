@@ -28,7 +28,8 @@ class EvaluateConfig(Settings):
     """One evaluation of one or several checkpoints on one task."""
 
     task: TaskName
-    """GLUE's nine, squad1, squad2, xnli, mlqa; texts and questions are your own data."""
+    """GLUE's nine, squad1, squad2, xnli, mlqa; your own data: texts (classes), scores
+    (numbers), questions."""
     models: tuple[str, ...]
     """Hugging Face folders, Hub ids, or folders of fine-tuning runs, whose best model is taken."""
     data: TaskData

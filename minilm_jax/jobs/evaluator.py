@@ -51,6 +51,8 @@ class PartResult:
     """In percent; empty where the labels are hidden."""
     texts: list[str | float] = dataclasses.field(default_factory=list)
     """Of classification: the class names, or the scores."""
+    probabilities: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    """Class name → probability, where there are classes."""
     questions: dict[str, Prediction] = dataclasses.field(default_factory=dict)
 
 
@@ -162,8 +164,16 @@ class Evaluator:
         ]
         examples = cast(Sequence[TextExample], data.examples)
         return PartResult(
-            data=data, scores=score_texts(self._task, examples, predicted), texts=predicted
+            data=data,
+            scores=score_texts(self._task, examples, predicted),
+            texts=predicted,
+            probabilities=[self._by_class(row) for row in logits] if self._labels else [],
         )
+
+    def _by_class(self, logits: np.ndarray) -> dict[str, float]:
+        shifted = np.exp(logits.astype(np.float64) - logits.max())
+        shares = (shifted / shifted.sum()).tolist()
+        return dict(zip(self._labels, shares, strict=True))
 
     def _score_questions(self, data: PartData, logits: list[np.ndarray]) -> PartResult:
         examples = cast(Sequence[QuestionExample], data.examples)
@@ -190,7 +200,9 @@ class Evaluator:
         if self._task.kind == "span":
             return write_questions(folder, self._task, part, result.questions)
         examples = cast(Sequence[TextExample], result.data.examples)
-        return write_texts(folder, self._task, part, examples, result.texts)
+        return write_texts(
+            folder, self._task, part, examples, result.texts, probabilities=result.probabilities
+        )
 
 
 def report_skips(data: PartData, say: Callable[[str], None]) -> None:

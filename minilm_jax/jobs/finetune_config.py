@@ -58,7 +58,8 @@ class FinetuneConfig(Settings):
     """One fine-tuning run, or a sweep of them."""
 
     task: TaskName
-    """GLUE's nine, squad1, squad2, xnli, mlqa; texts and questions are your own data."""
+    """GLUE's nine, squad1, squad2, xnli, mlqa; your own data: texts (classes), scores
+    (numbers), questions."""
     model: str
     """A Hugging Face folder or a Hub id: the encoder to start from, with its tokenizer."""
     init: Literal["checkpoint", "random"] = "checkpoint"
@@ -140,7 +141,7 @@ def report_parts(config: FinetuneConfig) -> list[Part]:
             return all_languages(config.task, Part(split="test"))
         case "mnli":
             return [Part(split="dev"), Part(split="dev-mm")]
-        case "texts" | "questions":
+        case "texts" | "scores" | "questions":
             return [Part(split="dev" if config.data.test is None else "test", language="")]
         case _:
             return [Part(split="dev")]

@@ -18,7 +18,7 @@ from minilm_jax.jobs.running import describe_devices, lift_step, open_devices
 from minilm_jax.jobs.trained_model import check_length, load
 from minilm_jax.tasks.batches import TaskBatches
 from minilm_jax.tasks.catalog import TASKS, Part, read_part
-from minilm_jax.tasks.examples import Skips
+from minilm_jax.tasks.examples import Skips, listed
 from minilm_jax.tasks.features import question_features, text_features
 from minilm_jax.train.optimizer import make_optimizer
 
@@ -105,8 +105,8 @@ class Inputs:
         )
         if self.labels:
             counts = collections.Counter(example.label for example in self.examples)
-            shown = ", ".join(f"{label} {counts[label]:,}" for label in self.labels)
-            lines.append(f"classes  {shown}")
+            shown = [f"{label} {counts[label]:,}" for label in self.labels]
+            lines.append(f"classes  {listed(shown)}")
         return lines
 
 

@@ -13,6 +13,7 @@ from minilm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from minilm_jax.errors import ConfigError
 from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.catalog import Task
+from minilm_jax.tasks.examples import listed
 from minilm_jax.tasks.features import LengthConfig
 from minilm_jax.train.run_folder import BEST, STUDENT
 
@@ -113,7 +114,7 @@ def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str,
     spelled, own = ([name.casefold() for name in names] for names in (named, stored))
     if len(set(spelled)) < len(spelled):
         raise ConfigError(
-            f"model {model.source}: two classes have one name in {', '.join(named)}; correct "
+            f"model {model.source}: two classes have one name in {listed(named)}; correct "
             f"{'labels' if given else 'id2label of its config.json'}"
         )
     if spelled != own and sorted(spelled) == sorted(own):
@@ -127,7 +128,7 @@ def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str,
     matched = tuple(known.get(name.casefold(), "") for name in named)
     if sorted(matched) != sorted(task.labels):
         raise ConfigError(
-            f"model {model.source} calls its classes {', '.join(named) or 'nothing'}; {task.name} "
+            f"model {model.source} calls its classes {listed(named) or 'nothing'}; {task.name} "
             f"has {', '.join(task.labels)}: give labels in the order of the model's outputs"
         )
     return matched

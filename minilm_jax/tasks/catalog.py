@@ -10,16 +10,18 @@ from minilm_jax.tasks.examples import QuestionExample, Skips, TextExample
 from minilm_jax.tasks.glue import GLUE, GlueName, read_glue
 from minilm_jax.tasks.languages import MLQA_LANGUAGES, XNLI_LANGUAGES
 from minilm_jax.tasks.mlqa import read_mlqa
-from minilm_jax.tasks.own import read_questions, read_texts
+from minilm_jax.tasks.own import read_questions, read_scores, read_texts
 from minilm_jax.tasks.squad import read_squad
 from minilm_jax.tasks.tfds_source import glue_examples, question_examples, xnli_examples
 from minilm_jax.tasks.xnli import read_xnli, read_xnli_train
 
 TaskName = Literal[
     "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli",
-    "squad1", "squad2", "xnli", "mlqa", "texts", "questions",
+    "squad1", "squad2", "xnli", "mlqa", "texts", "scores", "questions",
 ]  # fmt: skip
 Kind = Literal["classes", "score", "span"]
+OWN = ("texts", "scores", "questions")
+"""The tasks of a user's own files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,9 @@ def _task(name: TaskName) -> Task:
         case "texts":
             metrics = ("accuracy", "macro_f1")
             return Task(name=name, kind="classes", metrics=metrics, languages=("",))
+        case "scores":
+            metrics = ("pearson", "spearman")
+            return Task(name=name, kind="score", metrics=metrics, languages=("",))
         case "questions":
             return replace(_task("squad2"), name=name, languages=("",))
         case _:
@@ -83,7 +88,7 @@ class TaskData(Settings, name="data"):
     tfds: Path | None = None
     """A data_dir of tensorflow-datasets in which the task's builder is prepared."""
     train: Path | None = None
-    """Own training data (tasks texts and questions): .tsv, .jsonl, or SQuAD's .json."""
+    """Own training data (tasks texts, scores, questions): .tsv, .csv, .jsonl, SQuAD's .json."""
     dev: Path | None = None
     """Own data to select checkpoints on."""
     test: Path | None = None
@@ -146,6 +151,8 @@ def read_part(
     if task == "texts":
         file = _own(task, data, part)
         return read_texts(file, labels=labels, hidden=hidden, language=part.language)
+    if task == "scores":
+        return read_scores(_own(task, data, part), hidden=hidden, language=part.language)
     if task == "questions":
         file = _own(task, data, part)
         return read_questions(
@@ -156,7 +163,7 @@ def read_part(
     if data.folder is None:
         raise ConfigError(
             f"task {task} needs data.folder or data.tfds; own files go with texts "
-            "(classes) and questions"
+            "(classes), scores (numbers) and questions"
         )
     match task:
         case "xnli":
@@ -230,10 +237,14 @@ def _read_tfds(
 
 
 def _own(task: TaskName, data: TaskData, part: Part) -> Path:
-    file = {"train": data.train, "dev": data.dev, "test": data.test}.get(part.split)
+    files = {"train": data.train, "dev": data.dev, "test": data.test}
+    file = files[_one_of(task, part.split, ("train", "dev", "test"))]
     if file is None:
+        there = [split for split, other in files.items() if other and split != "train"]
+        ways = "".join(f", or --splits {split} for data.{split}" for split in there)
         raise ConfigError(
             f"task {task} needs a file for split {part.split!r}: give data.{part.split}"
+            + (ways if part.split != "train" else "")
         )
     return file
 
@@ -242,7 +253,7 @@ def _check_language(task: TaskName, part: Part) -> None:
     known, of = TASKS[task].languages, ""
     if part.split == "train" and TASKS[task].trains_on:
         known, of = TASKS[task].trains_on, " to train on"
-    if task not in ("texts", "questions") and part.language not in known:
+    if task not in OWN and part.language not in known:
         raise ConfigError(
             f"{task} has no language {part.language!r}{of}; it has {', '.join(known)}"
         )

@@ -9,7 +9,7 @@ from typing import Literal
 from minilm_jax.errors import DataError
 
 LISTED = 20
-"""Skipped examples that are named one by one; the rest is only counted."""
+"""Skipped examples, or classes, that are named one by one; the rest is only counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,12 @@ class QuestionExample:
     def golds(self) -> list[str]:
         """Texts of the gold answers."""
         return [answer.text for answer in self.answers or ()]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names for a message: a training set may have thousands of classes."""
+    shown = ", ".join(names[:LISTED])
+    return shown if len(names) <= LISTED else f"{shown}, … ({len(names):,} in all)"
 
 
 @dataclass

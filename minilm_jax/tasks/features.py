@@ -123,6 +123,11 @@ def question_features(
     """
     overhead = _specials(tokenizer, paired=True)
     smallest = config.max_length - config.max_query_length - overhead
+    if smallest < 1:
+        raise ConfigError(
+            f"lengths.max_length={config.max_length} leaves no room for a context beside a question"
+            f" of lengths.max_query_length={config.max_query_length} and {overhead} special tokens"
+        )
     if smallest < config.doc_stride:
         raise ConfigError(
             f"lengths.doc_stride={config.doc_stride} is longer than the window of {smallest} "

@@ -1,5 +1,6 @@
 """Text files read strictly: UTF-8 or an error with file and line, tabs that mean columns."""
 
+import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -80,15 +81,7 @@ def read_tsv(
                 f"{path}:1: lines end in a carriage return alone; convert them to line feeds"
             )
         names = header[1].split("\t")
-        missing = [name for name in needs if name not in names]
-        if missing:
-            raise DataError(
-                f"{path}:1: no column {', '.join(map(repr, missing))}; it has"
-                f" {', '.join(map(repr, names))}: the file belongs to another task or split"
-            )
-        twice = [name for name in needs if names.count(name) > 1]
-        if twice:
-            raise DataError(f"{path}:1: column {twice[0]!r} occurs twice; remove or rename one")
+        _check_header(path, names, needs)
     for origin, line in lines:
         cells = line.split("\t")
         if len(cells) != len(names):
@@ -104,6 +97,60 @@ def read_tsv(
                 skips.add(f"{len(cells)} columns instead of {len(names)}", origin)
             continue
         yield Row(origin, dict(zip(names, cells, strict=True)))
+
+
+def read_csv(path: Path, *, needs: Sequence[str]) -> Iterator[Row]:
+    """Yields the rows of a file of comma-separated values with a header line.
+
+    Quoting is RFC 4180's, as spreadsheets and pandas write it: a quoted cell may hold commas, line
+    feeds and doubled quotes.
+
+    Args:
+      path: the file.
+      needs: columns that must be there.
+    """
+    at = f"{path}:1"
+
+    def lines() -> Iterator[str]:
+        nonlocal at
+        for at, line in read_lines(path):  # noqa: B007 - the reader's errors are told with it
+            yield f"{line}\n"
+
+    reader = csv.reader(lines(), strict=True)
+    names: list[str] | None = None
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{at}: is not CSV ({error})") from None
+        if cells is None:
+            break
+        if names is None:
+            names = cells
+            _check_header(path, names, needs)
+        elif len(cells) == len(names):
+            yield Row(at, dict(zip(names, cells, strict=True)))
+        elif cells:
+            raise DataError(
+                f"{at}: {len(cells)} columns instead of {len(names)} ({', '.join(names)}); a cell"
+                " with a comma or a quote in it stands in quotes"
+            )
+    if names is None:
+        raise DataError(f"{path}: is empty")
+
+
+def _check_header(path: Path, names: Sequence[str], needs: Sequence[str]) -> None:
+    """Raises DataError where a column that must be there is not, or is there twice."""
+    missing = [name for name in needs if name not in names]
+    if missing:
+        raise DataError(
+            f"{path}:1: no column {', '.join(map(repr, missing))}; it has"
+            f" {', '.join(f'{name!r:.60}' for name in names)}: the first line names no columns, or"
+            " the file belongs to another task or split"
+        )
+    twice = [name for name in needs if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}:1: column {twice[0]!r} occurs twice; remove or rename one")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from minilm_jax.errors import ConfigError, DataError
-from minilm_jax.tasks.examples import Skips, TextExample, check_some
+from minilm_jax.tasks.examples import Skips, TextExample, check_some, listed
 from minilm_jax.tasks.files import Row, read_tsv
 
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -200,7 +200,7 @@ def class_name(said: str, *, labels: dict[str, str], column: str, origin: str) -
         raise DataError(f"{origin}: column {column!r} is empty; a label belongs there")
     if said not in labels:
         raise DataError(
-            f"{origin}: label {said!r} is not one of {', '.join(labels)}; is the file of another"
+            f"{origin}: label {said!r} is not one of {listed(list(labels))}; is the file of another"
             " task?"
         )
     return labels[said]

@@ -1,9 +1,10 @@
-"""A user's own data: classification as tsv or jsonl, questions as jsonl or SQuAD's JSON."""
+"""A user's own data: texts as tsv, csv or jsonl, questions as jsonl or SQuAD's JSON."""
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,12 @@ from minilm_jax.tasks.examples import (
     TextExample,
     check_examples,
     check_some,
+    listed,
 )
-from minilm_jax.tasks.files import read_jsonl, read_tsv
-from minilm_jax.tasks.glue import class_name
+from minilm_jax.tasks.files import read_csv, read_jsonl, read_tsv
 from minilm_jax.tasks.squad import answer_to_learn, gold_answers, read_squad
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # A cell that CSV writers put in quotes because it holds some, which they double.
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 
@@ -30,34 +32,61 @@ def read_texts(
     hidden: bool = False,
     language: str = "",
 ) -> list[TextExample]:
-    """Returns the rows of a .tsv with a header line, or the objects of a .jsonl.
+    """Returns the texts of a file, each of a class.
 
-    Columns: `text`, `label`, and optionally `text_pair`, `id`, `language`. Quotes are text.
+    Columns or keys: `text`, `label`, and optionally `text_pair`, `id`, `language`.
 
     Args:
-      file: what to read.
+      file: a .tsv with a header line (quotes are text), a .csv with one, or a .jsonl.
       labels: the classes there may be; None takes what comes.
       hidden: whether all labels may be missing: the file is to be predicted.
       language: of the rows to return; "" returns all.
     """
+
+    def name(said: Any, origin: str) -> str:
+        if isinstance(said, list | dict):
+            raise DataError(
+                f"{origin}: label {json.dumps(said):.60} is a {type(said).__name__};"
+                " expected one class name"
+            )
+        _check_cell("label", said, origin)
+        if str(said) != str(said).strip():
+            raise DataError(f"{origin}: label {said!r} begins or ends with a space; remove it")
+        if labels is not None and str(said) not in labels:
+            raise DataError(
+                f"{origin}: label {str(said)!r:.60} is none of the model's classes, which are those"
+                f" of its training set: {listed(labels)}"
+            )
+        return str(said)
+
+    return _read_texts(file, name, hidden=hidden, language=language)
+
+
+def read_scores(file: Path, *, hidden: bool = False, language: str = "") -> list[TextExample]:
+    """Returns the texts of a file, each with a number as its label; else as `read_texts`."""
+
+    def score(said: Any, origin: str) -> float:
+        try:
+            value = math.nan if isinstance(said, bool | list | dict) else float(said)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(
+                f"{origin}: label {said!r:.60} is no number; classes are learnt by task texts"
+            )
+        return value
+
+    return _read_texts(file, score, hidden=hidden, language=language)
+
+
+def _read_texts(
+    file: Path, parse: Callable[[Any, str], str | float], *, hidden: bool, language: str
+) -> list[TextExample]:
     found = []
     for number, origin, row in _spoken(_records(file, hidden=hidden), language, file):
         said = _given(row, "label")
-        if said is None:
-            if not hidden:
-                raise DataError(f"{origin}: label is missing; expected a class name")
-            label = None
-        else:
-            if isinstance(said, list | dict):
-                raise DataError(
-                    f"{origin}: label {json.dumps(said):.60} is a {type(said).__name__};"
-                    " expected one class name"
-                )
-            _check_cell("label", said, origin)
-            if str(said) != str(said).strip():
-                raise DataError(f"{origin}: label {said!r} begins or ends with a space; remove it")
-            allowed = {x: x for x in labels} if labels is not None else {str(said): str(said)}
-            label = class_name(str(said), labels=allowed, column="label", origin=origin)
+        if said is None and not hidden:
+            raise DataError(f"{origin}: label is missing; give each text one")
         pair, name = row.get("text_pair"), _given(row, "id", number)
         _check_cell("id", name, origin)
         found.append(
@@ -65,7 +94,7 @@ def read_texts(
                 id=str(name),
                 text=_text(row, "text", origin),
                 text_pair=None if pair is None or pair != pair else _text(row, "text_pair", origin),
-                label=label,
+                label=None if said is None else parse(said, origin),
                 language=_language(row),
                 origin=origin,
             )
@@ -77,13 +106,24 @@ def read_texts(
 
 
 def label_names(examples: list[TextExample], *, name: str) -> tuple[str, ...]:
-    """Returns the classes of a training set in alphabetical order."""
+    """Returns the classes of a training set in alphabetical order.
+
+    Raises:
+      DataError: there is one alone, two differ in case only, or they are numbers to be learnt.
+    """
     labels = sorted({str(e.label) for e in examples})
     if len(labels) < 2:
         raise DataError(f"{name}: all labels are {labels[0]!r}; at least two classes are needed")
-    for one, other in itertools.combinations(labels, 2):
+    for one, other in itertools.pairwise(sorted(labels, key=str.casefold)):
         if one.casefold() == other.casefold():
             raise DataError(f"{name}: labels {one!r} and {other!r} differ only in case")
+    if all(_NUMBER.fullmatch(label) for label in labels):
+        whole = [label for label in labels if float(label).is_integer()]
+        if len(whole) < len(labels):
+            raise DataError(
+                f"{name}: labels are numbers ({listed(labels)}), and task texts would take each for"
+                " a class; task scores learns numbers"
+            )
     return tuple(labels)
 
 
@@ -115,6 +155,8 @@ def read_questions(
                 " languages out, or write a .jsonl"
             )
         return read_squad(file, purpose=purpose, version="any", skips=skips, hidden=hidden)
+    if file.suffix != ".jsonl":
+        raise DataError(f"{file}: is neither .jsonl nor SQuAD's .json, as questions are")
     found = []
     for number, origin, row in _spoken(read_jsonl(file), language, file):
         question = _text(row, "question", origin)
@@ -150,22 +192,26 @@ def read_questions(
 
 
 def _records(file: Path, *, hidden: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    needs = ("text",) if hidden else ("text", "label")
     match file.suffix:
         case ".jsonl":
             yield from read_jsonl(file)
+        case ".csv":
+            for row in read_csv(file, needs=needs):
+                yield row.origin, dict(row.values)
         case ".tsv":
-            for row in read_tsv(file, needs=("text",) if hidden else ("text", "label")):
+            for row in read_tsv(file, needs=needs):
                 for cell in row.values.values():
                     if _QUOTED.fullmatch(cell):
                         raise DataError(
                             f"{row.origin}: {cell:.40} is quoted as in CSV, but quotes of a .tsv"
                             " are text; write a .jsonl (pandas: to_json(file, orient='records',"
-                            " lines=True))"
+                            " lines=True)) or a .csv"
                         )
                 yield row.origin, dict(row.values)
         case _:
             raise DataError(
-                f"{file}: is neither .tsv (with a header line, columns divided by tabs) nor .jsonl;"
+                f"{file}: is none of .tsv and .csv (with a header line) and .jsonl;"
                 " SQuAD's .json goes with task questions"
             )
 

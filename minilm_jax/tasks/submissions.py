@@ -3,12 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from minilm_jax.atomic import write_atomically
 from minilm_jax.tasks.answers import Prediction
-from minilm_jax.tasks.catalog import Part, Task
+from minilm_jax.tasks.catalog import OWN, Part, Task
 from minilm_jax.tasks.examples import TextExample
-from minilm_jax.tasks.glue import GLUE
+from minilm_jax.tasks.glue import GLUE, GlueName
 
 
 def write_texts(
@@ -17,27 +18,43 @@ def write_texts(
     part: Part,
     examples: Sequence[TextExample],
     predicted: Sequence[str | float],
+    *,
+    probabilities: Sequence[Mapping[str, float]] = (),
 ) -> Path:
     """Returns the file written.
 
     GLUE: the file name and the labels of gluebenchmark.com (`index`, `prediction`); splits the
     site does not take have the same layout under our name. XNLI: one label a line, as XTREME
-    takes it. Own texts: `id`, `prediction`, a file for each language asked for.
+    takes it. Own texts and scores: `id`, `prediction`, and `label` where the file has them; a
+    file for each language asked for, and beside it the probabilities of the classes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if task.name == "xnli":
         return _write(folder / f"{part}.tsv", "".join(f"{label}\n" for label in predicted))
-    spec = GLUE.get(task.name)  # type: ignore[arg-type]
-    name = f"{task.name}-{part.split if spec is not None else part}.tsv"
-    written: Mapping[str, str] = {}
-    if spec is not None:
-        name = spec.submission.get(part.split, name)
-        written = {ours: theirs for theirs, ours in spec.labels.items()}
-    rows = ["id\tprediction" if spec is None else "index\tprediction"]
+    if task.name in OWN:
+        stem = f"{task.name}-{part}"
+        if probabilities:
+            found = {x.id: dict(p) for x, p in zip(examples, probabilities, strict=True)}
+            _write(folder / f"{stem}-probabilities.json", _json(found))
+        return _write(folder / f"{stem}.tsv", _own_table(examples, predicted))
+    spec = GLUE[cast(GlueName, task.name)]
+    written = {ours: theirs for theirs, ours in spec.labels.items()}
+    rows = ["index\tprediction"]
     for example, label in zip(examples, predicted, strict=True):
-        said = f"{label:.3f}" if isinstance(label, float) else written.get(label, label)
+        said = f"{label:.3f}" if isinstance(label, float) else written[label]
         rows.append(f"{example.id}\t{said}")
+    name = spec.submission.get(part.split, f"{task.name}-{part.split}.tsv")
     return _write(folder / name, "\n".join(rows) + "\n")
+
+
+def _own_table(examples: Sequence[TextExample], predicted: Sequence[str | float]) -> str:
+    known = examples[0].label is not None  # of all or of none
+    rows = ["id\tprediction\tlabel" if known else "id\tprediction"]
+    for example, found in zip(examples, predicted, strict=True):
+        values = (found, example.label) if known else (found,)
+        cells = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]
+        rows.append("\t".join((example.id, *cells)))
+    return "\n".join(rows) + "\n"
 
 
 def write_questions(

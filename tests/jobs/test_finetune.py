@@ -632,7 +632,13 @@ def test_own_texts_keep_their_class_names(bert, tmp_path):
     result = finetune.run(config, say=quiet)
     assert result.scores == {"test": {"accuracy": 100.0, "macro_f1": 100.0}}
     text = (tmp_path / "run/predictions/texts-test.tsv").read_text()
-    assert text == "id\tprediction\n0\tLike\n1\tDislike\n2\tOther\n3\tLike\n4\tDislike\n"
+    gold = ["Like", "Dislike", "Other", "Like", "Dislike"]
+    assert text == "id\tprediction\tlabel\n" + "".join(
+        f"{row}\t{label}\t{label}\n" for row, label in enumerate(gold)
+    )
+    shares = json.loads((tmp_path / "run/predictions/texts-test-probabilities.json").read_text())
+    assert [max(found, key=found.get) for found in shares.values()] == gold
+    assert list(map(sum, map(dict.values, shares.values()))) == pytest.approx([1.0] * 5)
     # Each language by itself, where that is asked for.
     spoken = [(*row, "fr" if row[1] == "Other" else "de") for row in rows[:5]]
     dev = write_tsv(tmp_path / "dev.tsv", ("text", "label", "language"), *spoken)
@@ -648,7 +654,7 @@ def test_own_texts_keep_their_class_names(bert, tmp_path):
     found = [(row.language, row.examples) for row in figures if row.metric == "accuracy"]
     assert found == [("de", 4), ("fr", 1)]
     folder = tmp_path / "scores/predictions/run"
-    assert (folder / "texts-dev-fr.tsv").read_text() == "id\tprediction\n2\tOther\n"
+    assert (folder / "texts-dev-fr.tsv").read_text() == "id\tprediction\tlabel\n2\tOther\tOther\n"
     assert len((folder / "texts-dev-de.tsv").read_text().splitlines()) == 5
     whole = evaluate.run(dataclasses.replace(scored, languages=()), say=quiet)
     assert [(row.language, row.examples) for row in whole] == [("", 5), ("", 5)]
@@ -661,6 +667,29 @@ def test_own_texts_keep_their_class_names(bert, tmp_path):
     with pytest.raises(DataError, match=r"dev.tsv: no row has language 'it'; it has de, fr"):
         evaluate.run(dataclasses.replace(scored, languages=("de", "it")), say=quiet)
     assert (tmp_path / "scores/results.csv").read_bytes() == before
+
+
+def test_own_scores(bert, tmp_path):
+    rows = [("so good", "0.75"), ("so bad", "-0.5"), ("so so", "0.1")] * 4
+    file = write_tsv(tmp_path / "a.csv", ("text", "label"), *rows)
+    file.write_text(file.read_text().replace("\t", ","))
+    hidden = write_tsv(tmp_path / "b.tsv", ("text",), ("so good",), ("so bad",))
+    data = TaskData(train=file, dev=file, test=hidden)
+    result = finetune.run(make("scores", bert, data, tmp_path / "run", steps=100), say=quiet)
+    assert result.selection > 99 and result.scores == {"test": {}}
+    found = (tmp_path / "run/predictions/scores-test.tsv").read_text().splitlines()
+    assert found[0] == "id\tprediction"
+    good, bad = (float(line.split("\t")[1]) for line in found[1:])
+    assert abs(good - 0.75) < 0.2 and abs(bad + 0.5) < 0.2
+    scored = EvaluateConfig(
+        task="scores", models=(result.model,), data=TaskData(test=file), output=tmp_path / "scores"
+    )
+    with pytest.raises(ConfigError, match=r"'dev': give data.dev, or --splits test for data.test"):
+        evaluate.run(scored, say=quiet)
+    with pytest.raises(ConfigError, match=r"scores has no split 'foo'; it has train, dev, test"):
+        evaluate.run(dataclasses.replace(scored, splits=("foo",)), say=quiet)
+    figures = evaluate.run(dataclasses.replace(scored, splits=("test",)), say=quiet)
+    assert [row.metric for row in figures] == ["pearson", "spearman"] and figures[0].value > 99
 
 
 def test_own_questions(bert, tmp_path):

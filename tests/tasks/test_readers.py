@@ -22,7 +22,7 @@ from minilm_jax.tasks.catalog import TASKS, Part, TaskData, all_languages, all_p
 from minilm_jax.tasks.examples import Answer, Skips
 from minilm_jax.tasks.glue import GLUE, read_glue
 from minilm_jax.tasks.mlqa import read_mlqa
-from minilm_jax.tasks.own import label_names, read_questions, read_texts
+from minilm_jax.tasks.own import label_names, read_questions, read_scores, read_texts
 from minilm_jax.tasks.squad import read_squad
 from minilm_jax.tasks.xnli import read_xnli, read_xnli_train
 
@@ -340,7 +340,9 @@ def test_own_texts_as_tsv_and_jsonl(tmp_path):
     assert [e.label for e in first] == [e.label for e in second] == ["spam", "ham"]
     assert (second[1].text_pair, second[1].origin) == ("ho", f"{tmp_path / 'a.jsonl'}:3")
     assert label_names(first, name="a") == ("ham", "spam")
-    with pytest.raises(DataError, match=r"a.tsv:3: label 'ham' is not one of spam, eggs"):
+    with pytest.raises(
+        DataError, match=r"a.tsv:3: label 'ham' is none of the model's .*: spam, eggs"
+    ):
         read_texts(tsv, labels=("spam", "eggs"))
     twice = write_tsv(tmp_path / "b.tsv", ("text", "label", "label"), ("x", "spam", "eggs"))
     with pytest.raises(DataError, match=r"b.tsv:1: column 'label' occurs twice"):
@@ -418,9 +420,12 @@ def test_own_files_to_predict_need_no_label(tmp_path):
     some = write_tsv(tmp_path / "s.tsv", ("text", "label"), ("win", "x"), ("hi", ""), ("ho", "x"))
     with pytest.raises(DataError, match=r"s.tsv:3: label is missing where 2 of 3 examples have"):
         read_texts(some, hidden=True)
-    with pytest.raises(DataError, match=r"neither \.tsv"):
-        read_texts(tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"a.txt: is none of \.tsv and \.csv"):
+        read_texts(tmp_path / "a.txt")
     same = write_tsv(tmp_path / "b.tsv", ("text", "label"), ("win", "x"), ("hi", "x"))
+    many = write_tsv(tmp_path / "m.tsv", ("text", "label"), *(("win", str(n)) for n in range(50)))
+    with pytest.raises(DataError, match=r"label 'x' is none of .*: 0, 1, .*, 19, … \(50 in all\)$"):
+        read_texts(same, labels=label_names(read_texts(many), name="m"))
     with pytest.raises(DataError, match="at least two classes"):
         label_names(read_texts(same), name="b")
     case = write_tsv(tmp_path / "c.tsv", ("text", "label"), ("win", "Pos"), ("hi", "pos"))
@@ -429,6 +434,42 @@ def test_own_files_to_predict_need_no_label(tmp_path):
     with pytest.raises(DataError, match=r"is a folder"):
         (tmp_path / "d.tsv").mkdir()
         read_texts(tmp_path / "d.tsv")
+
+
+def test_own_scores_are_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": -0.5}\n{"text": "b", "label": "3"}\n')
+    assert [e.label for e in read_scores(tmp_path / "a.jsonl")] == [-0.5, 3.0]
+    for wrong in ('"good"', "true", "[1]", "Infinity", '"1,5"'):
+        (tmp_path / "b.jsonl").write_text(f'{{"text": "a", "label": {wrong}}}\n')
+        with pytest.raises(DataError, match=r"b.jsonl:1: label .* is no number; classes are"):
+            read_scores(tmp_path / "b.jsonl")
+    # Taken for classes they would be learnt as unrelated names.
+    with pytest.raises(DataError, match=r"labels are numbers \(-0.5, 3\).*; task scores learns"):
+        label_names(read_texts(tmp_path / "a.jsonl"), name="the training set")
+    stars = write_tsv(tmp_path / "c.tsv", ("text", "label"), ("win", "1"), ("hi", "5"))
+    assert label_names(read_texts(stars), name="c") == ("1", "5")
+
+
+def test_own_csv_is_quoted_as_spreadsheets_do(tmp_path):
+    texts = ('He said "hi", twice.', "two\nlines", "plain", "", "naïve, über\u2028")
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([("label", "text"), *(("x", text) for text in texts)])
+    found = read_texts(tmp_path / "a.csv")
+    assert [e.text for e in found] == list(texts)
+    assert [e.origin.rpartition(":")[2] for e in found] == ["2", "4", "5", "6", "7"]
+    for content, message in [
+        (
+            "text,label\nwin,x,y\n",
+            r"a.csv:2: 3 columns instead of 2 \(text, label\); a cell with a",
+        ),
+        ('text,label\n"win" or,x\n', r"a.csv:2: is not CSV \("),
+        ('text,label\n"win,x\n', r"a.csv:2: is not CSV \("),
+        ("win,x\nhi,y\n", r"a.csv:1: no column 'text', 'label'; it has 'win', 'x': the first line"),
+        ("", r"a.csv: is empty"),
+    ]:
+        (tmp_path / "a.csv").write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_texts(tmp_path / "a.csv")
 
 
 def test_a_table_whose_lines_end_in_carriage_returns_is_said_to_be_one(tmp_path):
