@@ -21,6 +21,14 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}")]
 
 
+def dotted_names(settings: Any, prefix: str = "") -> set[str]:
+    """Returns the dotted name of every leaf, and of every group of them."""
+    if not isinstance(settings, dict):
+        return set()
+    found = {f"{prefix}{name}" for name in settings}
+    return found.union(*(dotted_names(x, f"{prefix}{name}.") for name, x in settings.items()))
+
+
 def _are_one_path(old: Any, new: Any) -> bool:
     if not (isinstance(old, str) and isinstance(new, str)):
         return False

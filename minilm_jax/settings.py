@@ -6,6 +6,7 @@ that is none would be taken for another.
 """
 
 import dataclasses
+import inspect
 import math
 import types
 from collections.abc import Callable, Sequence
@@ -79,6 +80,12 @@ class Settings:
             cls._name = f"{name}."
 
     def __post_init__(self) -> None:
+        own = inspect.get_annotations(type(self))
+        if own and "__dataclass_fields__" not in vars(type(self)):
+            raise ConfigError(
+                f"{type(self).__name__} has settings ({', '.join(own)}) that nobody can set: write "
+                "@dataclasses.dataclass(frozen=True, kw_only=True) above the class"
+            )
         declared = get_type_hints(type(self), include_extras=True)
         fields: Any = self  # a dataclass, as every subclass is
         for field in dataclasses.fields(fields):

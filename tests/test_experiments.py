@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -188,3 +189,7 @@ def test_an_objective_of_ones_own_needs_one_file(tmp_path, tiny_teacher, text_fi
     assert config.objective.weight == 2.0
     result = job.run(config, say=lambda _: None)
     assert result.heldout["after"] < 0.9 * result.heldout["before"]
+    # A changed formula is told when the run goes on: settings do not show it.
+    formula = (ROOT / "experiments" / "own_objective.py").read_bytes()
+    versions = json.loads((tmp_path / "run/versions.json").read_text())
+    assert versions["own_objective.py"] == hashlib.sha256(formula).hexdigest()

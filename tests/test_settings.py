@@ -33,6 +33,20 @@ class Outer(Inner):
     anything: Any = None
 
 
+class Forgotten(Inner):
+    weight: float = 2.0
+
+
+class Undeclared(Inner):
+    weight = 2.0
+
+
+def test_settings_that_could_not_be_set_are_said():
+    with pytest.raises(ConfigError, match=r"Forgotten has settings \(weight\) .*@dataclasses.data"):
+        Forgotten(steps=3)
+    assert Undeclared(steps=3).weight == 2.0
+
+
 @pytest.mark.parametrize(
     "given,message",
     [

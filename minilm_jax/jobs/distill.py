@@ -40,6 +40,7 @@ from minilm_jax.jobs.running import (
     open_checkpoints,
     open_devices,
     open_goodput,
+    own_code,
     own_folder,
     write_result,
 )
@@ -55,7 +56,7 @@ from minilm_jax.train.hosts import fail_together, writes
 from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import evaluated_params
-from minilm_jax.train.run_folder import METRICS, RESULT, STUDENT, check_run, read_json, settle
+from minilm_jax.train.run_folder import DATA, METRICS, RESULT, STUDENT, check_run, read_json, settle
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import make_evaluation
 
@@ -111,7 +112,12 @@ class _Run:
         config, target = self.config, str(self.config.output / STUDENT)
         described = describe(config, teacher=self.teacher.fingerprint)
         with (
-            own_folder(config.output, described, override=config.override),
+            own_folder(
+                config.output,
+                described,
+                override=config.override,
+                code=own_code(config.objective),
+            ),
             memory_explained(SAVES_MEMORY),
         ):
             if (config.output / RESULT).exists():
@@ -170,7 +176,7 @@ class _Run:
         train, heldout = splits.train, splits.heldout
         with fail_together():
             if writes():
-                settle(config.output / "data.json", train.describe(), override=config.override)
+                settle(config.output / DATA, train.describe(), override=config.override)
         mask = make_masking(config, tokenizer)
         loss = make_loss(config, teacher.config)
         given = devices.place(run_given(config, teacher))
@@ -322,7 +328,7 @@ def _origin(
     config: DistillConfig, result: DistillResult, student: Model, *, teacher: str
 ) -> dict[str, str]:
     """Returns how the student came about, for its model card."""
-    source, corpora = config.text.source, read_json(config.output / "data.json")["corpora"]
+    source, corpora = config.text.source, read_json(config.output / DATA)["corpora"]
     names = config.text.corpora if source is None else source.paths or (source.format,)
     sizes = {unit: sum(corpus[unit] for corpus in corpora) for unit in ("documents", "tokens")}
     best = ", then that of the lowest held-out loss" if config.train.export == "best" else ""

@@ -1,6 +1,8 @@
 """What every job that trains does around the engine: hosts, devices, the run's folder, the loop."""
 
 import dataclasses
+import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ import optax
 from minilm_jax import native
 from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.data.prepare import check_guarded
+from minilm_jax.settings import Settings
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.config import EngineConfig, TrainConfig
 from minilm_jax.train.devices import Devices
@@ -89,15 +92,33 @@ def describe(config: Any, **fingerprints: str | Mapping[str, str]) -> dict[str, 
     return {**plain, "fingerprints": fingerprints}
 
 
+def own_code(settings: Settings) -> dict[str, str]:
+    """Returns the SHA-256 of each file of code outside of this package that defines settings.
+
+    What a run is computed with where its objective is the user's own: fields do not tell formulas.
+    """
+    found = {}
+    for part in type(settings).__mro__:
+        module = sys.modules.get(part.__module__)
+        file = getattr(module, "__file__", None)
+        if issubclass(part, Settings) and not part.__module__.startswith("minilm_jax.") and file:
+            found[Path(file).name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
+
+
 @contextmanager
 def own_folder(
-    output: Path, described: Mapping[str, Any], *, override: tuple[str, ...]
+    output: Path,
+    described: Mapping[str, Any],
+    *,
+    override: tuple[str, ...],
+    code: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """Holds a run's folder, which one process does for all; its refusal is everyone's."""
     with ExitStack() as held:
         with fail_together():
             if writes():
-                held.enter_context(open_run(output, described, override=override))
+                held.enter_context(open_run(output, described, override=override, code=code))
         check_shared(output)
         yield
 

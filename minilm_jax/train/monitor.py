@@ -79,6 +79,8 @@ class Monitor:
         # A metric's name may have brackets.
         self._console = Console(file=file, stderr=file is None, markup=False)
         self._progress = None
+        if first_step:
+            self._console.print(f"resumed after step {first_step:,} of {steps:,}", highlight=False)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]step"),

@@ -7,16 +7,17 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from minilm_jax.atomic import write_atomically
-from minilm_jax.differences import differences
+from minilm_jax.differences import differences, dotted_names
 from minilm_jax.errors import ConfigError
 
 CONFIG, RESULT, LOCK, METRICS = "config.json", "result.json", ".lock", "metrics.jsonl"
-VERSIONS = "versions.json"
+VERSIONS, DATA = "versions.json", "data.json"
 BEST, STUDENT, CHECKPOINTS = "best", "student", "checkpoints"
 """The model: of fine-tuning, and of distillation."""
 LIBRARIES = ("minilm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -31,7 +32,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def open_run(
-    folder: Path, config: Mapping[str, Any], *, override: tuple[str, ...] = ()
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    override: tuple[str, ...] = (),
+    code: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """Holds the folder for this process, with its config compared or written.
 
@@ -43,11 +48,12 @@ def open_run(
     Args:
       folder: where the run writes.
       config: the resolved config, JSON-able.
-      override: dotted names whose change is accepted on resume.
+      override: dotted names whose change is accepted on resume; the changes are told.
+      code: the user's own code that the run is computed with, by name; beside the versions.
 
     Raises:
       ConfigError: the folder is another run's (the differences are listed), belongs to something
-        else, is in use, or cannot be written to.
+        else, is in use, or cannot be written to; or `override` names nothing that could change.
     """
     check_run(folder, config, override=override)
     try:
@@ -66,7 +72,7 @@ def open_run(
             _compare(folder / CONFIG, config, override=())  # no override makes it another
         else:
             settle(folder / CONFIG, config, override=override)
-            _note_versions(folder / VERSIONS)
+            _note_versions(folder / VERSIONS, {**versions(), **(code or {})})
         yield
 
 
@@ -80,12 +86,27 @@ def check_run(folder: Path, config: Mapping[str, Any], *, override: tuple[str, .
         raise ConfigError(
             f"output {folder} is not empty and is not a run of minilm-jax; choose another --output"
         )
+    _check_names(folder, config, override)
     _compare(folder / CONFIG, config, override=override)
 
 
-def _note_versions(path: Path) -> None:
+def _check_names(folder: Path, config: Mapping[str, Any], override: tuple[str, ...]) -> None:
+    """Raises ConfigError where a change is to be accepted of what this run does not depend on."""
+    if not _took_a_step(folder):
+        return  # nothing is compared; of the data it is not known yet what they depend on
+    records = [read_json(folder / name) for name in (CONFIG, DATA) if (folder / name).exists()]
+    known = set().union(*map(dotted_names, (config, *records)))
+    for name in override:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"override {name} is no setting of this run"
+                + (f"; did you mean {close[0]!r}?" if close else f"; {folder / CONFIG} lists them")
+            )
+
+
+def _note_versions(path: Path, found: Mapping[str, str]) -> None:
     """Writes what the run is computed with; warns of each change since its last start."""
-    found = versions()
     before = read_json(path) if path.exists() else found
     for _, change in differences(before, found):
         log.warning("%s since the last start of this run: its results may change", change)
@@ -117,16 +138,15 @@ def settle(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...] = 
       ConfigError: something changed that `override` does not name; every difference is listed.
     """
     _compare(path, value, override=override)
+    for name, change in _changes(path, value):
+        if _covers(override, name):
+            log.warning("%s, as --override accepts", change)
     write_json(path, value)
 
 
 def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...]) -> None:
     changed = [
-        line
-        for name, line in _changes(path, value)
-        if not any(
-            name == allowed or name.startswith(f"{allowed}.") for allowed in (*override, *FREE)
-        )
+        line for name, line in _changes(path, value) if not _covers((*override, *FREE), name)
     ]
     if not changed:
         return
@@ -141,6 +161,10 @@ def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...])
             f"its {RESULT} to go on from the last checkpoint with these"
         )
     raise ConfigError(f"{said}:\n  " + "\n  ".join(changed))
+
+
+def _covers(allowed: tuple[str, ...], name: str) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in allowed)
 
 
 def _changes(path: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -43,6 +43,7 @@ def test_the_line_of_an_interval(tmp_path):
     chips = [device("TPU v4", peak=1 << 30), device("TPU v4", peak=2 << 30)]
     line = logged(tmp_path, devices=chips, flops=round(0.4 * 2 * 275e12 * 50), waited=5.0)
     assert line == (
+        "resumed after step 300 of 2,000\n"
         "step 400/2000  loss 0.2135 (qk 0.110 vv 0.103)  lr 0.00029  grad 0.41  1.2M tok/s  "
         "10k doc/s  220TFLOP/s 40% MFU  2.0 GiB  10% waiting for data  13:20 left\n"
     )

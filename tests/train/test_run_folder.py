@@ -21,7 +21,7 @@ def test_a_new_folder_keeps_its_config_and_is_continued(tmp_path):
     assert json.loads((folder / CONFIG).read_text())["layers"] == [1, 2]
 
 
-def test_another_runs_folder_is_refused_with_every_difference(tmp_path):
+def test_another_runs_folder_is_refused_with_every_difference(tmp_path, caplog):
     with open_run(tmp_path, CONFIG_A):
         (tmp_path / METRICS).write_text("{}\n")
     before = (tmp_path / CONFIG).read_text()
@@ -32,8 +32,13 @@ def test_another_runs_folder_is_refused_with_every_difference(tmp_path):
     assert "optimizer.learning_rate: 0.1 -> 0.2" in str(error.value)
     assert "b1" not in str(error.value)
     assert (tmp_path / CONFIG).read_text() == before
-    with open_run(tmp_path, other, override=("steps", "optimizer.learning_rate")):
+    with open_run(tmp_path, other, override=("steps", "optimizer")):
         pass
+    accepted = [record.message for record in caplog.records]
+    assert accepted == [
+        "steps: 10 -> 20, as --override accepts",
+        "optimizer.learning_rate: 0.1 -> 0.2, as --override accepts",
+    ]
     assert json.loads((tmp_path / CONFIG).read_text())["steps"] == 20
 
 
@@ -77,11 +82,15 @@ def test_an_override_that_names_something_else_is_said(tmp_path):
         (tmp_path / METRICS).write_text("{}\n")
     with (
         pytest.raises(
-            ConfigError, match=r"--override NAME \(stpes does not cover all of these\):\n  steps"
+            ConfigError, match=r"override stpes is no setting of this run; did you mean 'steps'"
         ),
         open_run(tmp_path, {**CONFIG_A, "steps": 20}, override=("stpes",)),
     ):
         pass
+    (tmp_path / "data.json").write_text('{"corpora": [], "mask": {"share": 0.15}}')
+    check_run(tmp_path, CONFIG_A, override=("corpora", "mask.share", "optimizer"))
+    with pytest.raises(ConfigError, match=r"override text is no setting of .*config.json lists"):
+        check_run(tmp_path, CONFIG_A, override=("text",))
 
 
 def test_what_a_finished_run_was_can_not_be_overridden(tmp_path):
@@ -160,6 +169,13 @@ def test_other_versions_on_resume_are_told(tmp_path, caplog):
     assert not caplog.records
     versions = tmp_path / "versions.json"
     now = json.loads(versions.read_text())
+    for text in ("a", "b"):
+        with open_run(tmp_path, CONFIG_A, code={"mine.py": text}):
+            pass
+    assert 'mine.py: "a" -> "b" since the last start of this run: its results' in caplog.text
+    with open_run(tmp_path, CONFIG_A):
+        pass
+    caplog.clear()
     versions.write_text(json.dumps({**now, "jax": "0.4.1", "revision": "0123abc"}))
     with open_run(tmp_path, CONFIG_A):
         pass
