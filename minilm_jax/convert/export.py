@@ -4,6 +4,7 @@ Whoever has jax and safetensors can run it; neither this package nor Flax is nee
 length stay free.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from minilm_jax.convert.apply import outputs
 from minilm_jax.convert.files import OnTensor
@@ -19,6 +21,7 @@ from minilm_jax.convert.hf_config import to_hf_config
 from minilm_jax.convert.model import Model, flatten, nest
 from minilm_jax.convert.output import replace_folder, write_json, write_manifest
 from minilm_jax.convert.safetensors_file import open_safetensors, write_safetensors
+from minilm_jax.encoder.heads import pool
 from minilm_jax.errors import CheckpointError
 
 FUNCTION = "model.jaxexport"
@@ -37,14 +40,18 @@ inputs = {{{inputs}}}  # int32 [batch, length]; segments is 1 for tokens, 0 for 
 outputs = function.call(params, inputs)  # a dict: {outputs}
 ```
 
-Batch and length are free, up to {length} tokens; it runs on {platforms}.
+Batch and length are free, up to {length} tokens; it runs on {platforms}.{tokenizer}
 """
+_TOKENIZER = """ The tokenizer lies beside it:
+`transformers.AutoTokenizer.from_pretrained` reads this folder, and its `attention_mask` is
+`segments`."""
 
 
 def write_export(
     model: Model,
     folder: str | Path,
     *,
+    tokenizer_files: tuple[Path, ...] = (),
     on_tensor: OnTensor | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -53,6 +60,7 @@ def write_export(
     Args:
       model: what to export; its parameters are stored as fp32 under our own paths.
       folder: where to; see `output.replace_folder`.
+      tokenizer_files: copied along.
       on_tensor: called after each tensor with its name, bytes done, and bytes in all.
       check: called on the finished folder before it takes its name; what it raises undoes all.
     """
@@ -64,19 +72,22 @@ def write_export(
 
     # Flat names keep the caller's side to one `load_file`.
     def function(params: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-        return outputs(model.config, nest(params), **inputs)
+        return exported_outputs(model, nest(params), **inputs)
 
     exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(
         {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()},
         {name: jax.ShapeDtypeStruct((batch, length), jnp.int32) for name in names},
     )
     heads = sorted(set(model.params) - {"encoder"})
+    if model.sentence is not None:
+        heads.append("embedding")
     readme = _README.format(
         name=f"{model.config.model_type} encoder",
         inputs=", ".join(f'"{name}": …' for name in names),
         outputs=", ".join([f"hidden_0 … hidden_{model.config.num_hidden_layers}", *heads]),
         length=model.config.max_length,
         platforms=", ".join(PLATFORMS),
+        tokenizer=_TOKENIZER if tokenizer_files else "",
     )
 
     def read(path: str) -> np.ndarray:
@@ -92,12 +103,35 @@ def write_export(
         triples = [(path, "F32", leaf.shape) for path, leaf in leaves.items()]
         write_safetensors(partial / PARAMETERS, triples, read=read)
         write_json(partial / "config.json", to_hf_config(model.config, model.hf_config))
+        for file in tokenizer_files:
+            shutil.copyfile(file, partial / file.name)
         (partial / "README.md").write_text(readme, encoding="utf-8")
         write_manifest(partial, source=model.source, sha256=model.fingerprint)
         if check is not None:
             check(partial)
 
     return replace_folder(Path(folder), fill, source=model.folder)
+
+
+def exported_outputs(
+    model: Model, params: Mapping[str, Any], **batch: Int[Array, "B L"] | Int[np.ndarray, "B L"]
+) -> dict[str, Float[Array, "..."]]:
+    """Returns `apply.outputs`, and where the model embeds sentences their `embedding`.
+
+    Args:
+      model: whose shape and pooling count.
+      params: the encoder's and the heads'.
+      batch: as for `apply.outputs`.
+    """
+    found = outputs(model.config, params, **batch)
+    if model.sentence is not None:
+        found["embedding"] = pool(
+            found[f"hidden_{model.config.num_hidden_layers}"],
+            segments=jnp.asarray(batch["segments"]),
+            pooling=model.sentence.pooling,
+            normalize=model.sentence.normalize,
+        )
+    return found
 
 
 def input_names(model: Model) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minilm_jax.convert.card import model_card
+from minilm_jax.convert.card import CARD, model_card
 from minilm_jax.convert.files import DTYPES, FLOATS, OnTensor
 from minilm_jax.convert.hf_config import from_hf_config, to_hf_config
 from minilm_jax.convert.hub import refuse_adapter, resolve
@@ -132,7 +132,8 @@ def _find_config(path: Path) -> Path:
     if path.is_dir():
         file = path / "config.json"
         if not file.exists():
-            raise CheckpointError(f"{file} cannot be read: there is no such file{instead(path)}")
+            way_out = "; copy it from where the weights came" if is_model(path) else instead(path)
+            raise CheckpointError(f"{file} cannot be read: there is no such file{way_out}")
         return file
     # Microsoft released minilm-l12-h384-uncased.bin beside minilm-l12-h384-uncased-config.json.
     stem = path.name.split(".")[0]
@@ -346,7 +347,7 @@ def write_model(
             write_sentence(partial, model.sentence, width=model.config.hidden_size)
         card = model_card(model, architecture, stored_as=_names(codes), origin=origin)
         # The source's path may hold what no text can.
-        (partial / "README.md").write_text(card, encoding="utf-8", errors="replace")
+        (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
         write_manifest(partial, source=model.source, sha256=model.fingerprint)
         if check is not None:
             check(partial)

@@ -4,6 +4,7 @@ import contextlib
 import re
 from pathlib import Path
 
+from minilm_jax.convert.card import CARD
 from minilm_jax.convert.sentence import SENTENCE_PATTERNS
 from minilm_jax.convert.strict_json import read_json
 from minilm_jax.convert.weights import WEIGHT_FILES, find_weights
@@ -12,7 +13,7 @@ from minilm_jax.errors import CheckpointError, first_line
 
 _ADAPTER = "adapter_config.json"
 # What is read: never code, and one form of the weights, of which a repository may hold five.
-_SMALL = ["config.json", _ADAPTER, *TOKENIZER_FILES, *SENTENCE_PATTERNS]
+_SMALL = ["config.json", CARD, _ADAPTER, *TOKENIZER_FILES, *SENTENCE_PATTERNS]
 _FORMS = (
     ["model*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],

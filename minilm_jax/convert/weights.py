@@ -31,6 +31,7 @@ _FOREIGN = {
     "tf_model.h5": "TensorFlow's: transformers before 5 reads it (from_tf=True) and saves it anew",
     "model.jaxexport": "an exported function, which is not read back: name what it was made of",
 }
+_TRAINING = "_CHECKPOINT_METADATA"  # Orbax's, of a step
 MAX_SHARDS = 1000
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
@@ -87,6 +88,12 @@ def instead(folder: Path) -> str:
     ):
         if found:
             return f"; name one of its {kind} instead: {', '.join(found[:5])}"
+    states = [f"{deep}{_TRAINING}" for deep in ("", "[0-9]*/", "*/[0-9]*/")]
+    if any(True for name in states for _ in folder.glob(name)):
+        return (
+            "; it holds training states, each with all that a run goes on with: name the folder "
+            "student/ or best/ that the run writes beside them"
+        )
     return ""
 
 

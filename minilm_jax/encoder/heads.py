@@ -186,19 +186,29 @@ class _Drop(nn.Module):
 
 
 def pool(
-    hidden: Float[Array, "B L D"], *, segments: Int[Array, "B L"], pooling: Pooling
+    hidden: Float[Array, "B L D"],
+    *,
+    segments: Int[Array, "B L"],
+    pooling: Pooling,
+    normalize: bool = False,
 ) -> Float[Array, "B D"]:
-    """Returns one fp32 sentence embedding per row, not normalised.
+    """Returns one fp32 sentence embedding per row.
 
-    "cls" is the first token's state; "mean" is the mean over the row's tokens, padding (segment 0)
-    left out; a row of padding alone gives zeros.
+    Args:
+      hidden: states of the tokens.
+      segments: 0 is padding; a row of padding alone gives zeros.
+      pooling: "cls" is the first token's state, "mean" the mean over the row's tokens.
+      normalize: whether embeddings are scaled to length 1.
     """
     hidden = hidden.astype(jnp.float32)
     if pooling == "cls":
-        return hidden[:, 0]
-    if pooling == "mean":
+        found = hidden[:, 0]
+    elif pooling == "mean":
         weights = (segments > 0).astype(jnp.float32)
         total = jnp.einsum("bld,bl->bd", hidden, weights)
-        count = weights.sum(axis=1, keepdims=True)
-        return total / jnp.maximum(count, 1.0)
-    raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+        found = total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+    else:
+        raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+    if not normalize:
+        return found
+    return found / jnp.maximum(jnp.linalg.norm(found, axis=1, keepdims=True), 1e-12)

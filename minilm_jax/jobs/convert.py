@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minilm_jax.convert.export import input_names, load_export, write_export
+from minilm_jax.convert.export import exported_outputs, input_names, load_export, write_export
 from minilm_jax.convert.files import refuse_disguise
 from minilm_jax.convert.folder import Dtype, read_model, write_model
 from minilm_jax.convert.hf_config import from_hf_config
@@ -127,7 +127,9 @@ def _write(
         case "orbax":
             return write_orbax(model, config.target, tokenizer_files=files, check=check)
         case "export":
-            return write_export(model, config.target, on_tensor=meter, check=check)
+            return write_export(
+                model, config.target, tokenizer_files=files, on_tensor=meter, check=check
+            )
 
 
 def _parts(model: Model) -> str:
@@ -139,7 +141,7 @@ def _parts(model: Model) -> str:
 
 def _tokenizer(model: Model, config: ConvertConfig, scratch: Path) -> tuple[Path, ...]:
     """Returns the tokenizer's files, checked against the vocabulary."""
-    if config.tokenizer == "none" or config.to == "export":
+    if config.tokenizer == "none":
         return ()
     way_out = "put it there, or pass --tokenizer none"
     folder = model.tokenizer_folder or _beside(Path(config.source), scratch)
@@ -205,10 +207,8 @@ def _verify_orbax(model: Model, report: Callable[[str], None], folder: Path) -> 
 def _verify_export(model: Model, report: Callable[[str], None], folder: Path) -> None:
     import numpy as np
 
-    from minilm_jax.convert.apply import outputs
-
     batch = random_batch(model)
-    expected = outputs(model.config, model.params, **batch)
+    expected = exported_outputs(model, model.params, **batch)
     found = load_export(folder)({name: batch[name] for name in input_names(model)})
     rows = [
         Comparison(

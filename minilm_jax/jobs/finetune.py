@@ -202,9 +202,9 @@ class _Training:
             + ", ".join(record["scores"])
         )
         if self.config.schedule.keep_models == "all":
-            self._write(params, output / f"step-{step}")
+            self._write(params, output / f"step-{step}", record)
         if all(record["selection"] > earlier["selection"] for earlier in before):
-            self._write(params, output / BEST)
+            self._write(params, output / BEST, record)
         self.records = [*before, record]
         if writes():
             write_json(output / EVALUATIONS, self.records)
@@ -227,10 +227,27 @@ class _Training:
         total = sum(len(data.examples) for data in self.inputs.selecting)
         return {"step": step, "metric": metric, "selection": weighted / total, "scores": scores}
 
-    def _write(self, params: dict[str, Any], folder: Path) -> None:
+    def _write(self, params: dict[str, Any], folder: Path, record: dict[str, Any]) -> None:
         if writes():
             model = dataclasses.replace(self.model, params=params)
-            write_model(model, folder, tokenizer_files=self.inputs.tokenizer.files)
+            files, origin = self.inputs.tokenizer.files, self._origin(record)
+            write_model(model, folder, tokenizer_files=files, origin=origin)
+
+    def _origin(self, record: dict[str, Any]) -> dict[str, str]:
+        """Returns how the model of a step came about, for its card."""
+        config, source = self.config, self.inputs.source
+        figure = f"{record['metric']} {record['selection']:.2f}"
+        start = {"fine-tuned from": source.source, "SHA-256 of its weights": source.fingerprint}
+        if config.init == "random":
+            start = {"trained from random weights": f"the shape of {source.source}"}
+        return {
+            **start,
+            "task": f"{config.task}, {len(self.inputs.examples):,} examples to train on",
+            "steps": f"{record['step']:,} of {self.train.steps:,} × {config.batch.batch_size} rows "
+            f"of up to {config.lengths.max_length} tokens",
+            "learning rate, seed": f"{config.optimizer.learning_rate}, {config.train.seed}",
+            "selected by": f"{figure} on {', '.join(record['scores'])}",
+        }
 
 
 def _report(

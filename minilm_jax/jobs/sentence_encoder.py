@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
@@ -97,11 +96,12 @@ class SentenceEncoder:
 
         def embed(params: Any, _: None, batch: Mapping[str, Array]) -> Float[Array, "B D"]:
             hidden = encode(config, params, batch, compute=compute).last_hidden_state
-            embeddings = pool(hidden, segments=batch["pooled"], pooling=sentence.pooling)
-            if not sentence.normalize:
-                return embeddings
-            norms = jnp.linalg.norm(embeddings, axis=1, keepdims=True)
-            return embeddings / jnp.maximum(norms, 1e-12)
+            return pool(
+                hidden,
+                segments=batch["pooled"],
+                pooling=sentence.pooling,
+                normalize=sentence.normalize,
+            )
 
         self._embed = self._devices.lift_evaluation(embed)
 

@@ -466,7 +466,19 @@ bad(
 bad(34, "config of 17 MB", "too large")(
     lambda f: (f / "config.json").write_bytes(b'{"a":"' + b"x" * 17 * 2**20 + b'"}')
 )
-bad(34, "no config", "config.json cannot be read")(lambda f: (f / "config.json").unlink())
+bad(34, "no config", "no such file; copy it from where the weights came$")(
+    lambda f: (f / "config.json").unlink()
+)
+
+
+@bad(30, "the checkpoints of a run", "it holds training states, .* the folder student/ or best/")
+def _(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "1000").mkdir()
+    (folder / "1000/_CHECKPOINT_METADATA").write_text("{}")
+
+
 bad(35, "byte order mark", "byte order mark")(
     lambda f: (f / "config.json").write_bytes(b"\xef\xbb\xbf" + (f / "config.json").read_bytes())
 )

@@ -459,9 +459,42 @@ def test_export_is_free_in_batch_and_length(good, tmp_path):
         found = function(batch)
         for name, expected in outputs(good.config, good.params, **batch).items():
             np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    # A sentence model's export embeds, and what makes its ids lies beside it.
+    sentence = Sentence(pooling="mean", normalize=True, max_length=12)
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n")
+    write_export(
+        dataclasses.replace(good, sentence=sentence),
+        tmp_path / "sentences",
+        tokenizer_files=(vocabulary,),
+    )
+    found = load_export(tmp_path / "sentences")(batch)
+    last, kept = found[f"hidden_{good.config.num_hidden_layers}"], batch["segments"] > 0
+    for row, embedding in enumerate(found["embedding"]):
+        mean = np.asarray(last)[row][kept[row]].mean(0)
+        np.testing.assert_allclose(embedding, mean / np.linalg.norm(mean), atol=1e-5)
+    assert (tmp_path / "sentences/vocab.txt").read_text() == "[PAD]\n"
+    assert "embedding" in (tmp_path / "sentences/README.md").read_text()
     (tmp_path / "export" / "model.jaxexport").write_bytes(b"not a function")
     with pytest.raises(CheckpointError, match="is no exported function"):
         load_export(tmp_path / "export")
+
+
+def test_a_cards_licence_travels_along(good, tmp_path):
+    write_model(good, tmp_path / "first")
+    head = "license: mit\nlanguage:\n- en\n- de\ntags:\n  - bert\n"
+    card = tmp_path / "first/README.md"
+    card.write_text(f"---\nwidget: [a]\n{head}library_name: x\nmodel-index:\n- a: 1\n---\n# Mine\n")
+    write_model(read_model(tmp_path / "first"), tmp_path / "second")
+    assert (
+        (tmp_path / "second/README.md")
+        .read_text()
+        .startswith(f"---\nlibrary_name: transformers\n{head}---\n")
+    )
+    # Weights that were trained since are not the licensed ones: the card says what they are.
+    trained = read_model(tmp_path / "first")
+    write_model(trained, tmp_path / "third", origin={"distilled from": "first"})
+    assert "license" not in (tmp_path / "third/README.md").read_text()
 
 
 # Configurations
@@ -700,7 +733,8 @@ def test_a_hub_id_gives_what_its_folder_gives(good, tmp_path, monkeypatch):
     assert model.sentence == sentence
     assert model.tokenizer_folder is not None
     there = {str(f.relative_to(tmp_path / "fetched")) for f in model.tokenizer_folder.rglob("*.*")}
-    assert there == {"config.json", "model.safetensors", *TOKENIZER_FILES, *SENTENCE_FILES}
+    expected = {"config.json", "model.safetensors", "README.md"}
+    assert there == {*expected, *TOKENIZER_FILES, *SENTENCE_FILES}
 
 
 def test_a_hub_ids_tokenizer_is_fetched_without_its_weights(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -148,6 +149,9 @@ def test_every_glue_task_from_files_to_table_and_submission(official, bert, tmp_
     result = finetune.run(make(task, bert, official, tmp_path / "run"), say=quiet)
     assert set(result.scores) == ({"dev-en", "dev-mm-en"} if task == "mnli" else {"dev-en"})
     assert tuple(result.scores["dev-en"]) == TASKS[task].metrics
+    card = (tmp_path / "run/best/README.md").read_text()
+    assert f"| task | {task}, " in card and f"| fine-tuned from | {bert} |" in card
+    assert re.search(r"\| selected by \| \w+ -?[\d.]+ on dev-en \|", card)
     # The name of every class is in the exported config.
     stored = json.loads((tmp_path / "run/best/config.json").read_text())
     named = tuple(stored["id2label"][str(i)] for i in range(len(stored["id2label"])))
