@@ -19,6 +19,8 @@ class Inspection:
 
     documents: int
     tokens: int
+    others: dict[str, int]
+    """Documents of the corpus's other splits."""
     dtype: str
     shards: int
     tokenizer: str
@@ -71,6 +73,11 @@ def inspect_corpus(
     return Inspection(
         documents=len(corpus),
         tokens=corpus.num_tokens,
+        others={
+            other: sum(shard.documents for shard in found)
+            for other, found in corpus.manifest.splits.items()
+            if other != split
+        },
         dtype=corpus.manifest.dtype,
         shards=len(corpus.manifest.splits[split]),
         tokenizer=f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:8]}",

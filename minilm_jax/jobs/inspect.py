@@ -42,8 +42,10 @@ def run(config: InspectConfig, *, say: Callable[[str], None] = print) -> Inspect
         rows=config.rows,
         verify=config.verify,
     )
-    say(f"documents   {found.documents:,}")
-    say(f"tokens      {found.tokens:,} ({found.dtype}, {found.shards} shards)")
+    others = "".join(f"; {count:,} in {split}" for split, count in found.others.items())
+    say(f"documents   {found.documents:,} in {config.split}{others}")
+    shards = "1 shard" if found.shards == 1 else f"{found.shards:,} shards"
+    say(f"tokens      {found.tokens:,} ({found.dtype}, {shards})")
     say(f"tokenizer   {found.tokenizer}")
     marks = ", ".join(f"{value:,} ({mark}%)" for mark, value in found.length_percentiles.items())
     say(f"lengths     {marks}")

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from minilm_jax.data.corpus import Manifest
+from minilm_jax.data.corpus import MANIFEST, Corpus, Manifest, Split
 from minilm_jax.data.prepare import SPLITS, Progress, prepare
 from minilm_jax.data.sources import TextSource
 from minilm_jax.settings import Count, Positive, Rate, Settings, check
@@ -35,6 +36,7 @@ class PrepareConfig(Settings):
 def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifest:
     """Returns the manifest of the finished corpus."""
     check("config", config, PrepareConfig)
+    finished = (config.output / MANIFEST).is_file()
     with stoppable(), _Bar() if sys.stderr.isatty() else nullcontext() as bar:
         manifest = prepare(
             config.source,
@@ -45,6 +47,11 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
             shard_tokens=config.shard_tokens,
             progress=bar.show if bar else None,
         )
+        if finished:
+            for split in get_args(Split):
+                if manifest.splits.get(split):
+                    Corpus.open(config.output, split=split)
+            say(f"{config.output} is finished and undamaged; nothing to do.")
     for split in SPLITS:
         if shards := manifest.splits.get(split):
             documents = sum(shard.documents for shard in shards)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from minilm_jax.data.sources import TextSource
+from minilm_jax.errors import DataError
 from minilm_jax.jobs import inspect, prepare, tokenizer
 
 
@@ -27,7 +28,14 @@ def test_a_vocabulary_a_corpus_and_a_look_into_it(tmp_path, english):
     first, again = [], []
     manifest = prepare.run(preparing, say=first.append)
     prepare.run(preparing, say=again.append)
-    assert again == first
+    done, *rest = again
+    assert done.endswith("corpus is finished and undamaged; nothing to do.") and rest == first
+    shard = next((tmp_path / "corpus/train").glob("*.tokens"))
+    right = shard.read_bytes()
+    shard.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"is missing or not what prepare wrote; copy it again"):
+        prepare.run(preparing, say=again.append)
+    shard.write_bytes(right)
     lines += first
     found = inspect.run(
         inspect.InspectConfig(corpus=tmp_path / "corpus", sequence_length=64, rows=2),
@@ -40,7 +48,8 @@ def test_a_vocabulary_a_corpus_and_a_look_into_it(tmp_path, english):
     assert found.efficiency > 0.9
     assert len(found.rows) == 2 and all(row.startswith("[CLS]") for row in found.rows)
     assert f"train    {found.documents:>14,} documents" in text
-    assert "heldout" in text and "row 1" in text and "en: " in text
+    assert f"documents   {found.documents} in train; {100 - found.documents} in heldout" in text
+    assert "uint16, 1 shard)" in text and "row 1" in text and "en: " in text
 
 
 @pytest.mark.parametrize(
