@@ -212,8 +212,12 @@ def report_skips(data: PartData, say: Callable[[str], None]) -> None:
 
 
 def describe_scores(scores: Mapping[str, float]) -> str:
-    """Returns "accuracy 84.3  f1 88.1"."""
-    shown = [f"{name} {value:.1f}" for name, value in scores.items()]
+    """Returns "accuracy 84.3  f1 88.1"; results.csv has SQuAD's counts and thresholds, too."""
+    shown = [
+        f"{name} {value:.1f}"
+        for name, value in scores.items()
+        if name != "total" and not name.endswith("_threshold")
+    ]
     return "  ".join(shown) or "no labels: predictions written"
 
 

@@ -15,11 +15,10 @@ from minilm_jax.jobs.running import Say
 from minilm_jax.tasks.catalog import TASKS
 from minilm_jax.tasks.tables import ResultRow, mean_and_deviation, read_rows
 from minilm_jax.train.hosts import writes
-from minilm_jax.train.run_folder import CONFIG, write_json
+from minilm_jax.train.run_folder import BEST, CONFIG, SWEEP, write_json
 
 Runs = dict[tuple[float, int], list[FinetuneConfig]]
 """By learning rate and epochs, one a seed."""
-SWEEP = "sweep.json"
 
 
 def check_folder(folder: Path) -> None:
@@ -67,6 +66,7 @@ def sweep(
             # What `evaluate` has added to a run's rows has no seed, and is not of the sweep.
             rows += [row for row in read_rows(inner.output / RESULTS) if row.seed]
         values = [result.selection for result in found]
+        first = values.index(max(values))
         settings.append(
             {
                 "learning_rate": rate,
@@ -76,6 +76,8 @@ def sweep(
                 "mean": statistics.fmean(values),
                 "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
                 "models": [result.model for result in found],
+                # As it is called in here: the folder may be moved.
+                "best_run": configs[first].output.name,
             }
         )
         results += found
@@ -92,6 +94,7 @@ def sweep(
             f"  lr {setting['learning_rate']}  epochs {setting['epochs']}  "
             f"{mean_and_deviation(setting['selection'])}{mark}"
         )
+    say(f"best model {config.output / best['best_run'] / BEST}")
     return results
 
 

@@ -15,7 +15,7 @@ from minilm_jax.tasks.answers import AnswerConfig
 from minilm_jax.tasks.catalog import Task
 from minilm_jax.tasks.examples import listed
 from minilm_jax.tasks.features import LengthConfig
-from minilm_jax.train.run_folder import BEST, STUDENT
+from minilm_jax.train.run_folder import BEST, STUDENT, SWEEP, read_json
 
 T = TypeVar("T", LengthConfig, AnswerConfig)
 
@@ -25,7 +25,7 @@ def load(source: str) -> tuple[Model, Tokenizer]:
 
     Args:
       source: a folder with a model, a Hub id, or the folder of one of our runs, which stands for
-        its best model or its student.
+        its best model or its student; that of a sweep for the best model of its best setting.
     """
     model = read_model(_of_run(source))
     return model, tokenizer_of(model)
@@ -42,10 +42,13 @@ def tokenizer_of(model: Model) -> Tokenizer:
 def _of_run(source: str) -> str:
     """Returns the model that a run's folder stands for; what has weights of its own is no run."""
     folder = Path(source)
-    if source and not is_model(folder):
-        for inner in (BEST, STUDENT):
-            if is_model(folder / inner):
-                return str(folder / inner)
+    if not source or is_model(folder):
+        return source
+    if (folder / SWEEP).is_file():
+        folder = folder / str(read_json(folder / SWEEP)["best"].get("best_run"))
+    for inner in (BEST, STUDENT):
+        if is_model(folder / inner):
+            return str(folder / inner)
     return source
 
 

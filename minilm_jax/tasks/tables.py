@@ -222,6 +222,8 @@ def _all(rows: Sequence[ResultRow], figures: Figures) -> str:
     }
     for name, measured in figures.items():
         for (task, split, language, asked, metric), values in measured.items():
+            if metric == "total":
+                continue  # SQuAD's name for the examples, which have a column
             spoken = f"{language}/{asked}" if asked else language or "all"
             count = counts[name, task, split, language, asked, metric]
             shown = mean_and_deviation(values)

@@ -18,6 +18,8 @@ from minilm_jax.errors import ConfigError
 
 CONFIG, RESULT, LOCK, METRICS = "config.json", "result.json", ".lock", "metrics.jsonl"
 VERSIONS, DATA = "versions.json", "data.json"
+SWEEP = "sweep.json"
+"""Of the folder of several runs."""
 BEST, STUDENT, CHECKPOINTS = "best", "student", "checkpoints"
 """The model: of fine-tuning, and of distillation."""
 LIBRARIES = ("minilm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -244,6 +244,9 @@ def test_squad_learns_its_own_questions(tmp_path, bert, task):
         assert scores["best_f1"] == 100.0 and "no_answer_f1" in scores
         odds = json.loads((folder / "squad2-dev-en-no-answer-odds.json").read_text())
         assert odds["qx"] > 0 > odds["q0"]
+    assert "| total |" not in (tmp_path / "run/tables.md").read_text()
+    shown = evaluator.describe_scores({"f1": 1, "best_f1_threshold": -2, "total": 3})
+    assert shown == "f1 1.0"
     # The model is scored as the run scored it, wherever it lies and whatever the task is called.
     copied = shutil.copytree(tmp_path / "run/best", tmp_path / "copied")
     for asked in (task, "questions"):
@@ -793,7 +796,8 @@ def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
         (folder / name).unlink()
     # What was evaluated into the sweep's own folder stays when the sweep goes on.
     sweep = make("rte", bert, official, tmp_path / "sweep", sweep=seeds)
-    first, _ = finetune.run(sweep, say=quiet)
+    said: list[str] = []
+    first, second = finetune.run(sweep, say=said.append)
     (added,) = evaluate.run(
         mine := EvaluateConfig(
             task="rte",
@@ -812,7 +816,14 @@ def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
     rows = read_rows(sweep.output / "results.csv")
     assert [row.seed for row in rows] == ["1", "2", "3", ""] and rows[-1] == added
     assert "| mine | rte |" in (sweep.output / "tables.md").read_text()
-    # The folder itself is no model, and what is one in it is named.
+    # The folder stands for its best model, wherever it lies; without its record for none.
+    best = max((first, second), key=lambda result: result.selection)
+    assert said[-1] == f"best model {best.model}"
+    moved = sweep.output.rename(tmp_path / "moved")
+    model, _ = trained_model.load(str(moved))
+    assert model.source == str(moved / Path(best.model).relative_to(sweep.output))
+    moved.rename(sweep.output)
+    (sweep.output / "sweep.json").unlink()
     with pytest.raises(CheckpointError, match=r"name one of its folders instead: lr0.*seed1/best"):
         trained_model.load(str(sweep.output))
 
