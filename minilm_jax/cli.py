@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         name, *rest = argv
         if name not in COMMANDS:
-            raise ConfigError(f"unknown command {name!r}{_nearest(name, COMMANDS)}")
+            there = _nearest(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+            raise ConfigError(f"unknown command {name!r}{there}")
         with interrupted_at_once():  # but for the jobs that have something to save or to remove
             module, config = parse(name, rest)
             module.run(config)
@@ -134,7 +135,14 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
             kinds = get_args(get_type_hints(config_class)["run"])
         if not isinstance(experiment, kinds):
             known = " or a ".join(kind.__name__ for kind in kinds)
-            raise ConfigError(f"{file} gives a {type(experiment).__name__}, not a {known}")
+            given = type(experiment).__name__
+            takes = [
+                other
+                for other, its in COMMANDS.items()
+                if its.experiment == "is the config" and given in its.configs
+            ]
+            way_out = f"; it is for minilm-jax {takes[0]}" if takes else ""
+            raise ConfigError(f"{file} gives a {given}, not a {known}{way_out}")
         if command.experiment == "is its field run":
             experiment = config_class(run=experiment)
         config_class = type(experiment)

@@ -149,6 +149,14 @@ def test_an_experiment_of_another_kind_is_refused(tmp_path, capsys):
     experiment.write_text("config = {'a': 1}\n")
     assert cli.main(["distill", str(experiment)]) == 2
     assert "gives a dict" in capsys.readouterr().err
+    others = str(Path(EXPERIMENT).parent / "finetune/glue.py")
+    for command in ("distill", "plan"):
+        assert cli.main([command, others]) == 2
+        said = capsys.readouterr().err
+        assert "gives a FinetuneConfig, not a DistillConfig" in said
+        assert said.endswith("; it is for minilm-jax finetune\n")
+    assert cli.main(["transmogrify"]) == 2
+    assert "'transmogrify'; there are distill, finetune, evaluate, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["distill", "finetune", "plan"])

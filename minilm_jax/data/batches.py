@@ -193,6 +193,14 @@ class Batches:
         """Returns the share of the rows that each corpus or language is drawn with."""
         return dict(zip(self._names, self._schedule.weights, strict=True))
 
+    def passes(self, steps: int) -> dict[str, float]:
+        """Returns how many times so many steps read all of each corpus or language."""
+        units = steps * (1 if self._bucketed else self.config.batch_size)
+        return {
+            name: share * units / stream.units
+            for (name, share), stream in zip(self.shares().items(), self._streams, strict=True)
+        }
+
     def describe(self) -> dict[str, Any]:
         """Returns everything that decides the batches, for the run's record."""
         content = {

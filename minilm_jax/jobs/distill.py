@@ -331,6 +331,7 @@ def _origin(
     source, corpora = config.text.source, read_json(config.output / DATA)["corpora"]
     names = config.text.corpora if source is None else source.paths or (source.format,)
     sizes = {unit: sum(corpus[unit] for corpus in corpora) for unit in ("documents", "tokens")}
+    weights = ", ".join(f"{weight:g}" for weight in config.batch.weights)
     best = ", then that of the lowest held-out loss" if config.train.export == "best" else ""
     unreached = config.objective.unreached(student.config)
     count = sum(
@@ -344,7 +345,7 @@ def _origin(
         "SHA-256 of the teacher's weights": teacher,
         "objective": f"`{config.objective}`",
         "text": f"{', '.join(map(str, names))}: {sizes['documents']:,} documents, "
-        f"{sizes['tokens']:,} tokens",
+        f"{sizes['tokens']:,} tokens{f', weighted {weights}' if weights else ''}",
         "steps": f"{result.steps:,} of {config.batch.batch_size:,} × "
         f"{config.batch.sequence_length} tokens{best}",
         "held-out loss": f"{result.heldout['after']:.4f}, before training "

@@ -76,10 +76,30 @@ def open_splits(config: DistillConfig, folders: Sequence[Path], tokenizer: Token
             f"{split:<8} {sum(map(len, corpora)):,} documents, "
             f"{sum(corpus.num_tokens for corpus in corpora):,} tokens"
         )
+        if split == "train":
+            lines += _mixture(made[split], corpora, steps=config.train.steps)
     for corpus in corpora:  # of either split the same
         skipped.update(corpus.manifest.skipped)
     lines += [f"skipped  {count:,} {reason}" for reason, count in sorted(skipped.items())]
     return Splits(**made, lines=tuple(lines))
+
+
+def _mixture(train: Batches, corpora: Sequence[Corpus], *, steps: int) -> list[str]:
+    """Returns what the corpora are, where there are several, and how often each part is read."""
+    lines = [
+        f"corpus {number} {corpus.folder}: {len(corpus):,} documents, {corpus.num_tokens:,} tokens"
+        for number, corpus in enumerate(corpora)
+        if len(corpora) > 1
+    ]
+    shares, passes = train.shares(), train.passes(steps)
+    if len(shares) == 1:
+        lines.append(f"{steps:,} steps read all of it {next(iter(passes.values())):.3g} times")
+    else:
+        lines += [
+            f"{name}: {shares[name]:.1%} of the rows; {steps:,} steps read it {times:.3g} times"
+            for name, times in passes.items()
+        ]
+    return [f"{'':<8} {line}" for line in lines]
 
 
 def make_masking(

@@ -171,6 +171,8 @@ def test_weights_are_kept(make_corpus, toy):
     lengths = np.concatenate([(batches.at(s)["segments"] > 0).sum(1) for s in range(50)])
     assert (lengths == 33).mean() == pytest.approx(0.75, abs=0.02)
     assert batches.shares() == {"corpus 0": 0.25, "corpus 1": 0.75}
+    read = {"corpus 0": (lengths == 32).sum() / 50, "corpus 1": (lengths == 33).sum() / 7}
+    assert batches.passes(50) == pytest.approx(read, rel=0.05)
     # The small corpus has whole epochs of its own.
     seen = Counter(
         tuple(r.tolist()) for s in range(50) for r in batches.at(s)["input_ids"] if r[32] == 3
@@ -189,6 +191,8 @@ def test_languages_are_sampled_with_an_exponent(make_corpus, toy):
     )
     # 64 to 4 documents: 8 to 2 after the square root.
     assert batches.shares() == pytest.approx({"en": 0.8, "sw": 0.2})
+    # A row holds one of these documents: four steps read 51 of 64 and 13 of 4.
+    assert batches.passes(4) == pytest.approx({"en": 0.8, "sw": 3.2})
 
 
 @settings(max_examples=30, deadline=None)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ from minilm_jax.jobs.distill_config import (
     TextConfig,
 )
 from minilm_jax.jobs.teacher import learn_tokenizer
+from minilm_jax.jobs.text import open_splits
 from minilm_jax.signals import Stopped
 from minilm_jax.train.config import TrainConfig
 from minilm_jax.train.optimizer import OptimizerConfig
@@ -427,6 +429,32 @@ def test_a_corpus_that_does_not_fit_is_refused_before_anything_is_written(
         with pytest.raises(UserError, match=message):
             run(dataclasses.replace(config, **change))
     assert not config.output.exists()
+
+
+def test_what_a_mixture_is_made_of_is_told(config, tiny_teacher, tmp_path):
+    for name, heldout in (("a", 0.2), ("b", 0.3)):
+        prepare(
+            config.text.source,
+            tokenizer=tiny_teacher,
+            output=tmp_path / name,
+            holdout_fraction=heldout,
+            workers=0,
+        )
+    mixed = dataclasses.replace(
+        config,
+        text=TextConfig(corpora=(tmp_path / "a", tmp_path / "b")),
+        batch=BatchConfig(batch_size=8, sequence_length=32, weights=(3.0, 1.0)),
+    )
+    tokenizer = load_tokenizer(tiny_teacher)
+    splits = open_splits(mixed, mixed.text.corpora, tokenizer)
+    said = "\n".join(splits.lines)
+    assert re.search(r"\n +corpus 0 \S+/a: \d+ documents, [\d,]+ tokens\n", said)
+    times = splits.train.passes(mixed.train.steps)["corpus 1"]
+    assert (
+        f"corpus 1: 25.0% of the rows; {mixed.train.steps} steps read it {times:.3g} times" in said
+    )
+    alone = open_splits(config, (tmp_path / "a",), tokenizer)
+    assert f"{config.train.steps} steps read all of it " in alone.lines[1]
 
 
 def test_a_wrong_checksum_is_refused_before_loading(config, tiny_teacher):

@@ -245,7 +245,7 @@ def test_squad_learns_its_own_questions(tmp_path, bert, task):
         odds = json.loads((folder / "squad2-dev-en-no-answer-odds.json").read_text())
         assert odds["qx"] > 0 > odds["q0"]
     assert "| total |" not in (tmp_path / "run/tables.md").read_text()
-    shown = evaluator.describe_scores({"f1": 1, "best_f1_threshold": -2, "total": 3})
+    shown = evaluator.describe_scores({"f1": 1.0, "best_f1_threshold": -2.0, "total": 3.0})
     assert shown == "f1 1.0"
     # The model is scored as the run scored it, wherever it lies and whatever the task is called.
     copied = shutil.copytree(tmp_path / "run/best", tmp_path / "copied")
