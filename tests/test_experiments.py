@@ -154,6 +154,17 @@ def test_a_smoke_variant_runs_to_its_student(file, tmp_path, some_docs):
     result = distill.run(config, say=lambda _: None)
     assert (Path(result.student) / "model.safetensors").exists()
     assert all(abs(value) < 1e3 for value in result.heldout.values())
+    if isinstance(config, ChainConfig):
+        # A chain that was moved goes on, though its second run had its teacher elsewhere.
+        (config.student.output / "result.json").unlink()
+        (tmp_path / "runs").rename(tmp_path / "moved")
+        moved = {
+            stage: dataclasses.replace(
+                run, output=tmp_path / "moved" / run.output.relative_to(tmp_path / "runs")
+            )
+            for stage, run in vars(config).items()
+        }
+        assert distill.run(ChainConfig(**moved), say=lambda _: None).heldout == result.heldout
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def _check(
     shape = check_settings(config, teacher)
     devices = open_devices(config.train, batch_size=config.batch.batch_size)
     described = describe(config, teacher=fingerprint or "")
-    unknown = () if fingerprint else ("fingerprints",)
+    unknown = () if fingerprint else ("fingerprints", "teacher.source")
     if writes():
         check_run(config.output, described, override=config.override + unknown)
     if (config.output / RESULT).exists():

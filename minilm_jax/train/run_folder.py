@@ -29,6 +29,8 @@ FREE = (
 )
 """Settings that a resumed run may change unasked: they decide memory, speed and what is kept, and,
 like the number of devices, no result beyond rounding."""
+MOVABLE = ("teacher.source", "model", "data")
+"""Settings that say where something lies; what it is the fingerprints say."""
 log = logging.getLogger(__name__)
 
 
@@ -147,9 +149,10 @@ def settle(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...] = 
 
 
 def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...]) -> None:
-    changed = [
-        line for name, line in _changes(path, value) if not _covers((*override, *FREE), name)
-    ]
+    found = dict(_changes(path, value))
+    same = "fingerprints" in value and not any(_covers(("fingerprints",), n) for n in found)
+    allowed = (*override, *FREE, *(MOVABLE if same else ()))
+    changed = [line for name, line in found.items() if not _covers(allowed, name)]
     if not changed:
         return
     accepted = f" ({', '.join(override)} does not cover all of these)" if override else ""

@@ -59,6 +59,22 @@ def test_a_folder_may_be_named_otherwise(tmp_path, monkeypatch):
             pass
 
 
+def test_what_is_read_may_be_moved_and_not_changed(tmp_path):
+    def described(source, fingerprint):
+        where = {"teacher": {"source": source, "dtype": "a"}, "data": {"folder": source}}
+        return {**where, "fingerprints": {"teacher": fingerprint}}
+
+    with open_run(tmp_path, described("old", "f")):
+        (tmp_path / METRICS).write_text("{}\n")
+    check_run(tmp_path, described("new", "f"))
+    with pytest.raises(ConfigError, match=r'source: "old" -> "new"(.|\n)*teacher: "f" -> "g"'):
+        check_run(tmp_path, described("new", "g"))
+    other = described("new", "f")
+    other["teacher"]["dtype"] = "b"
+    with pytest.raises(ConfigError, match=r'dtype: "a" -> "b"$'):
+        check_run(tmp_path, other)
+
+
 def test_settings_of_a_run_that_took_no_step_can_be_mended(tmp_path):
     """Out of memory in the first step, say, when the file of metrics is open already."""
     for steps in (10, 20):
