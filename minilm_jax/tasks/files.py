@@ -1,6 +1,7 @@
 """Text files read strictly: UTF-8 or an error with file and line, tabs that mean columns."""
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from minilm_jax.errors import DataError
 from minilm_jax.tasks.examples import Skips
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LONGEST_CELL = 2**31 - 1
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -103,20 +105,27 @@ def read_csv(path: Path, *, needs: Sequence[str]) -> Iterator[Row]:
     """Yields the rows of a file of comma-separated values with a header line.
 
     Quoting is RFC 4180's, as spreadsheets and pandas write it: a quoted cell may hold commas, line
-    feeds and doubled quotes.
+    feeds and doubled quotes. Semicolons divide the columns where the header has them instead, as
+    spreadsheets write where the comma divides decimals.
 
     Args:
       path: the file.
       needs: columns that must be there.
     """
-    at = f"{path}:1"
+    read = list(itertools.islice(read_lines(path), 1))
+    if not read:
+        raise DataError(f"{path}: is empty")
+    at, header = read[0]
 
     def lines() -> Iterator[str]:
         nonlocal at
         for at, line in read_lines(path):  # noqa: B007 - the reader's errors are told with it
             yield f"{line}\n"
 
-    reader = csv.reader(lines(), strict=True)
+    # Python's own limit, of 128 KiB a cell, is less than many a document.
+    csv.field_size_limit(_LONGEST_CELL)
+    divider = max(",;", key=header.count)
+    reader = csv.reader(lines(), strict=True, delimiter=divider)
     names: list[str] | None = None
     while True:
         try:
@@ -124,7 +133,7 @@ def read_csv(path: Path, *, needs: Sequence[str]) -> Iterator[Row]:
         except csv.Error as error:
             raise DataError(f"{at}: is not CSV ({error})") from None
         if cells is None:
-            break
+            return
         if names is None:
             names = cells
             _check_header(path, names, needs)
@@ -133,10 +142,8 @@ def read_csv(path: Path, *, needs: Sequence[str]) -> Iterator[Row]:
         elif cells:
             raise DataError(
                 f"{at}: {len(cells)} columns instead of {len(names)} ({', '.join(names)}); a cell"
-                " with a comma or a quote in it stands in quotes"
+                f" with a {divider!r} or a quote in it stands in quotes"
             )
-    if names is None:
-        raise DataError(f"{path}: is empty")
 
 
 def _check_header(path: Path, names: Sequence[str], needs: Sequence[str]) -> None:

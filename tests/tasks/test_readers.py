@@ -459,10 +459,13 @@ def test_own_csv_is_quoted_as_spreadsheets_do(tmp_path):
     found = read_texts(tmp_path / "a.csv")
     assert [e.text for e in found] == list(texts)
     assert [e.origin.rpartition(":")[2] for e in found] == ["2", "4", "5", "6", "7"]
+    long = "word " * 50_000
+    (tmp_path / "a.csv").write_text(f'label;text\nx;"{long}"\ny;"1,5; or 2"\n')
+    assert [e.text for e in read_texts(tmp_path / "a.csv")] == [long, "1,5; or 2"]
     for content, message in [
         (
             "text,label\nwin,x,y\n",
-            r"a.csv:2: 3 columns instead of 2 \(text, label\); a cell with a",
+            r"a.csv:2: 3 columns instead of 2 \(text, label\); a cell with a ','",
         ),
         ('text,label\n"win" or,x\n', r"a.csv:2: is not CSV \("),
         ('text,label\n"win,x\n', r"a.csv:2: is not CSV \("),
