@@ -57,7 +57,7 @@ from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
 from minilm_jax.train.optimizer import evaluated_params
 from minilm_jax.train.run_folder import DATA, METRICS, RESULT, STUDENT, check_run, read_json, settle
-from minilm_jax.train.state import create_state
+from minilm_jax.train.state import TrainState, create_state
 from minilm_jax.train.step import make_evaluation
 
 PLOT = "loss.png"
@@ -141,10 +141,35 @@ class _Run:
             return result
 
     def _export(
-        self, params: dict[str, Any], steps: int, figures: dict[str, float], tokenizer: Tokenizer
+        self,
+        state: TrainState,
+        steps: int,
+        figures: dict[str, float],
+        tokenizer: Tokenizer,
     ) -> DistillResult:
-        """Writes student, plot and result."""
+        """Writes the student of a state of the run, plot and result."""
         config, target = self.config, self.config.output / STUDENT
+        self._write(state, target, tokenizer, figures)
+        result = DistillResult(
+            student=str(target),
+            steps=steps,
+            seconds=time.monotonic() - self.began,
+            heldout=figures,
+        )
+        if writes():
+            plot_loss(config.output / METRICS, config.output / PLOT)
+        write_result(config.output, result)
+        return result
+
+    def _write(
+        self,
+        state: TrainState,
+        folder: Path,
+        tokenizer: Tokenizer,
+        figures: dict[str, float],
+    ) -> None:
+        """Writes the student of a state as a Hugging Face folder."""
+        params, steps = evaluated_params(state, self.config.optimizer), int(state.step)
         # The teacher's settings and tokenizer, but nothing of a task of its own, and no source:
         # these weights were read nowhere, and their outputs embed no sentences.
         student = Model(
@@ -153,21 +178,13 @@ class _Run:
             hf_config=without_task(self.teacher.hf_config),
             folder=self.teacher.folder,
         )
-        result = DistillResult(
-            student=str(target),
-            steps=steps,
-            seconds=time.monotonic() - self.began,
-            heldout=figures,
-        )
         if writes():
-            origin = _origin(config, result, student, teacher=self.teacher.fingerprint)
-            write_model(student, target, tokenizer_files=tokenizer.files, origin=origin)
-            plot_loss(config.output / METRICS, config.output / PLOT)
-        write_result(config.output, result)
-        return result
+            teacher = self.teacher.fingerprint
+            origin = _origin(self.config, student, steps=steps, figures=figures, teacher=teacher)
+            write_model(student, folder, tokenizer_files=tokenizer.files, origin=origin)
 
-    def _train(self, goodput: Goodput) -> tuple[dict[str, Any], int, dict[str, float], Tokenizer]:
-        """Returns the trained parameters, the steps taken, the held-out figures, the tokenizer."""
+    def _train(self, goodput: Goodput) -> tuple[TrainState, int, dict[str, float], Tokenizer]:
+        """Returns the state to export, the steps taken, the held-out figures, the tokenizer."""
         config, teacher, devices = self.config, self.teacher, self.devices
         tokenizer = self.tokenizer or learn_tokenizer(config, teacher)
         splits = self.splits or open_splits(config, (tokenise(config, tokenizer),), tokenizer)
@@ -210,6 +227,14 @@ class _Run:
         goodput.lap("evaluation")
         described = describe(config, teacher=teacher.fingerprint)
         optimizer = make_run_optimizer(config, teacher.config)
+
+        def look(state: TrainState) -> Evaluation:
+            loss = evaluate(evaluated_params(state, config.optimizer))
+            if config.train.keep_models == "all":
+                folder = config.output / f"step-{int(state.step)}"
+                self._write(state, folder, tokenizer, {**figures, "after": loss})
+            return Evaluation(heldout=loss)
+
         with open_checkpoints(
             config.output,
             config.train,
@@ -228,19 +253,16 @@ class _Run:
                 checkpoints=checkpoints,
                 goodput=goodput,
                 flops=model_flops(config, teacher),
-                evaluate=lambda state: Evaluation(
-                    heldout=evaluate(evaluated_params(state, config.optimizer))
-                ),
+                evaluate=look,
             )
             taken = int(state.step)
             if config.train.export == "best":
                 step, state = checkpoints.restore_best(state, devices.shardings(state))
                 self.say(f"the student is that of step {step}: the lowest held-out loss")
-        params = evaluated_params(state, config.optimizer)
-        figures["after"] = evaluate(params)
+        figures["after"] = evaluate(evaluated_params(state, config.optimizer))
         goodput.lap("evaluation")
         goodput.record(taken)
-        return params, taken, figures, tokenizer
+        return state, taken, figures, tokenizer
 
 
 def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
@@ -325,14 +347,18 @@ def _opening(
 
 
 def _origin(
-    config: DistillConfig, result: DistillResult, student: Model, *, teacher: str
+    config: DistillConfig,
+    student: Model,
+    *,
+    steps: int,
+    figures: dict[str, float],
+    teacher: str,
 ) -> dict[str, str]:
     """Returns how the student came about, for its model card."""
     source, corpora = config.text.source, read_json(config.output / DATA)["corpora"]
     names = config.text.corpora if source is None else source.paths or (source.format,)
     sizes = {unit: sum(corpus[unit] for corpus in corpora) for unit in ("documents", "tokens")}
     weights = ", ".join(f"{weight:g}" for weight in config.batch.weights)
-    best = ", then that of the lowest held-out loss" if config.train.export == "best" else ""
     unreached = config.objective.unreached(student.config)
     count = sum(
         math.prod(x.shape)
@@ -346,10 +372,9 @@ def _origin(
         "objective": f"`{config.objective}`",
         "text": f"{', '.join(map(str, names))}: {sizes['documents']:,} documents, "
         f"{sizes['tokens']:,} tokens{f', weighted {weights}' if weights else ''}",
-        "steps": f"{result.steps:,} of {config.batch.batch_size:,} × "
-        f"{config.batch.sequence_length} tokens{best}",
-        "held-out loss": f"{result.heldout['after']:.4f}, before training "
-        f"{result.heldout['before']:.4f}",
+        "steps": f"{steps:,} of {config.batch.batch_size:,} × "
+        f"{config.batch.sequence_length} tokens",
+        "held-out loss": f"{figures['after']:.4f}, before training {figures['before']:.4f}",
         **({"not reached by the objective": aside} if count else {}),
     }
 

@@ -51,6 +51,8 @@ class TrainConfig(EngineConfig):
     """Steps between evaluations, each with a checkpoint; 0 disables them."""
     export: Literal["last", "best"] = "last"
     """best: the checkpoint of the lowest held-out loss; needs evaluate_every."""
+    keep_models: Literal["exported", "all"] = "exported"
+    """all: each evaluated state is kept as a model, too (step-…); needs evaluate_every."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,3 +62,7 @@ class TrainConfig(EngineConfig):
             )
         if self.export == "best" and not self.evaluate_every:
             raise ConfigError("train.export=best needs train.evaluate_every: nothing is compared")
+        if self.keep_models == "all" and not self.evaluate_every:
+            raise ConfigError(
+                "train.keep_models=all needs train.evaluate_every: the evaluated states are kept"
+            )

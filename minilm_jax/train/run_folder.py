@@ -25,7 +25,7 @@ BEST, STUDENT, CHECKPOINTS = "best", "student", "checkpoints"
 LIBRARIES = ("minilm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FREE = (
     *("train.accumulate", "train.lift", "train.fsdp", "train.save_every", "train.keep"),
-    "compute.remat",
+    *("train.keep_models", "compute.remat"),
 )
 """Settings that a resumed run may change unasked: they decide memory, speed and what is kept, and,
 like the number of devices, no result beyond rounding."""

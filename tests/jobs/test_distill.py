@@ -154,7 +154,8 @@ def test_the_best_average_is_what_is_evaluated_and_exported(config):
             steps=10, log_every=5, save_every=10, evaluate_every=2, export="best", keep=1
         ),
     )
-    result, said = run(config)
+    every = dataclasses.replace(config.train, keep_models="all")
+    result, said = run(dataclasses.replace(config, train=every))
     rows = [json.loads(x) for x in (config.output / "metrics.jsonl").read_text().splitlines()]
     heldout = {row["step"]: row["heldout"] for row in rows if "heldout" in row}
     assert list(heldout) == [2, 4, 6, 8, 10]
@@ -162,6 +163,16 @@ def test_the_best_average_is_what_is_evaluated_and_exported(config):
     assert best != 10
     assert f"that of step {best}:" in said
     assert result.heldout["after"] == pytest.approx(heldout[best], rel=1e-6)
+    # The student of each evaluation is a model by itself; the exported one is the best of them.
+    kept = {step: read_model(config.output / f"step-{step}") for step in heldout}
+    assert len({model.fingerprint for model in kept.values()}) == 5
+    assert kept[best].fingerprint == read_model(result.student).fingerprint
+    for folder, step in {**{f"step-{step}": step for step in heldout}, "student": best}.items():
+        card, loss = (config.output / folder / "README.md").read_text(), heldout[step]
+        assert f"| steps | {step} of 8 × 32 tokens |" in card
+        assert f"| held-out loss | {loss:.4f}, before" in card
+    # What is kept is no other run.
+    assert run(config)[0].heldout == result.heldout
     assert "evaluation" in said
     folder = config.output / "checkpoints" / str(best)
     saved = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]

@@ -191,6 +191,8 @@ def test_without_evaluations_there_is_no_best(tmp_path, whole):
         checkpoints.restore_best(whole[0], Devices().shardings(whole[0]))
     with pytest.raises(ConfigError, match=r"needs train\.evaluate_every"):
         TrainConfig(export="best")
+    with pytest.raises(ConfigError, match=r"keep_models=all needs train\.evaluate_every"):
+        TrainConfig(keep_models="all")
 
 
 def test_a_profile_is_a_file_and_changes_nothing(tmp_path, whole):
