@@ -264,10 +264,18 @@ def _is_lines(source: TextSource, stretch: Stretch) -> bool:
 
 
 def refuse_inside(source: TextSource, folder: Path) -> None:
-    """Raises DataError where `folder` lies in a folder that is read."""
+    """Raises DataError where `folder` lies in a folder that is read, or would be one itself."""
     if source.format in ("machine-docs", "tfds"):
         return
     real = Path(os.path.realpath(folder))
+    for pattern in source.paths:
+        # What a pattern does not reach yet it reaches once it is there.
+        whole = os.path.abspath(pattern)  # noqa: PTH100 - it has no links to follow
+        if glob.has_magic(pattern) and any(path.match(whole) for path in (real, *real.parents)):
+            raise DataError(
+                f"{folder} matches {pattern}, so its files would be read as text the next time; "
+                "give another folder for the output"
+            )
     for path in (path for pattern in source.paths for path in _matches(pattern)):
         if path.is_dir() and real.is_relative_to(os.path.realpath(path)):
             raise DataError(

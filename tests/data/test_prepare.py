@@ -378,6 +378,11 @@ def test_a_corpus_does_not_lie_in_its_own_text(text, vocabulary, tmp_path, outpu
     with pytest.raises(DataError, match=r"lies in .*text, where its files would be read"):
         prepare(text, tokenizer=vocabulary, output=tmp_path / output, workers=0)
     assert files(tmp_path / "text") == before
+    # Nor where a pattern would find it the next time.
+    matched = TextSource(paths=(str(tmp_path / "text" / "*"),))
+    with pytest.raises(DataError, match=r"out matches .*text/\*, so its files would be read as"):
+        prepare(matched, tokenizer=vocabulary, output=tmp_path / "text" / "out", workers=0)
+    assert not (tmp_path / "text" / "out").exists()
 
 
 @pytest.mark.parametrize("documents", [1, 2, 5, 30])
