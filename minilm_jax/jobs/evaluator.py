@@ -19,7 +19,13 @@ from minilm_jax.tasks.answers import AnswerConfig, Prediction, answer
 from minilm_jax.tasks.batches import RowConfig, TaskBatches
 from minilm_jax.tasks.catalog import Part, Task, TaskData, read_part
 from minilm_jax.tasks.examples import QuestionExample, Skips, TextExample
-from minilm_jax.tasks.features import Feature, LengthConfig, question_features, text_features
+from minilm_jax.tasks.features import (
+    Feature,
+    LengthConfig,
+    check_windows,
+    question_features,
+    text_features,
+)
 from minilm_jax.tasks.losses import TaskModel
 from minilm_jax.tasks.scoring import score_questions, score_texts
 from minilm_jax.tasks.submissions import write_questions, write_texts
@@ -72,7 +78,13 @@ class Evaluator:
         batch: RowConfig,
         compute: Compute,
     ) -> None:
-        """Compiles nothing yet; every part shares the programs."""
+        """Compiles nothing yet; every part shares the programs.
+
+        Raises:
+          ConfigError: questions of these lengths cannot be windows.
+        """
+        if task.kind == "span":
+            check_windows(tokenizer, lengths)
         self._task, self._tokenizer, self._labels = task, tokenizer, labels
         self._devices, self._lengths, self._answers, self._batch = devices, lengths, answers, batch
         classes = len(labels) if task.kind == "classes" else 1

@@ -101,6 +101,25 @@ def text_features(
     return found
 
 
+def check_windows(tokenizer: Tokenizer, config: LengthConfig) -> None:
+    """Raises ConfigError where windows of a context have gaps, or there is no room for one."""
+    overhead = _specials(tokenizer, paired=True)
+    smallest = config.max_length - config.max_query_length - overhead
+    if smallest < 1:
+        raise ConfigError(
+            f"lengths.max_length={config.max_length} leaves no room for a context beside a question"
+            f" of lengths.max_query_length={config.max_query_length} and {overhead} special tokens"
+        )
+    if smallest < config.doc_stride:
+        raise ConfigError(
+            f"lengths.doc_stride={config.doc_stride} is longer than the window of {smallest} "
+            f"tokens that lengths.max_length={config.max_length} leaves beside a question of "
+            f"lengths.max_query_length={config.max_query_length}: text in between would never be "
+            "read; give a smaller --lengths.doc-stride or --lengths.max-query-length, or a larger "
+            "--lengths.max-length"
+        )
+
+
 def question_features(
     examples: Sequence[QuestionExample],
     tokenizer: Tokenizer,
@@ -121,21 +140,8 @@ def question_features(
     Raises:
       ConfigError: windows would have gaps between them, or no room for a context.
     """
+    check_windows(tokenizer, config)
     overhead = _specials(tokenizer, paired=True)
-    smallest = config.max_length - config.max_query_length - overhead
-    if smallest < 1:
-        raise ConfigError(
-            f"lengths.max_length={config.max_length} leaves no room for a context beside a question"
-            f" of lengths.max_query_length={config.max_query_length} and {overhead} special tokens"
-        )
-    if smallest < config.doc_stride:
-        raise ConfigError(
-            f"lengths.doc_stride={config.doc_stride} is longer than the window of {smallest} "
-            f"tokens that lengths.max_length={config.max_length} leaves beside a question of "
-            f"lengths.max_query_length={config.max_query_length}: text in between would never be "
-            "read; give a smaller --lengths.doc-stride or --lengths.max-query-length, or a larger "
-            "--lengths.max-length"
-        )
     questions = tokenizer.encode([example.question for example in examples])
     found = []
     # A context has several questions in a row, and encoding it is the slow part.

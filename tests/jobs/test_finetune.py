@@ -271,6 +271,11 @@ def test_squad_learns_its_own_questions(tmp_path, bert, task):
     settings = json.loads(row.settings)
     assert settings["lengths"] == dataclasses.asdict(LENGTHS) | {"doc_stride": 20}
     assert settings["answers"] == dataclasses.asdict(chosen) | {"n_best": 2}
+    # Refused before any model is scored.
+    gap = {"lengths": LengthOptions(doc_stride=60), "output": tmp_path / "none"}
+    with pytest.raises(ConfigError, match=r"doc_stride=60 is longer than the window"):
+        evaluate.run(dataclasses.replace(again, **gap), say=quiet)
+    assert not (tmp_path / "none").exists()
     stored = json.loads((copied / "config.json").read_text())
     stored["task_specific_params"][task]["lengths"]["max_length"] = 0
     (copied / "config.json").write_text(json.dumps(stored))
