@@ -1,10 +1,15 @@
 """Settings refuse what their annotations do not declare, in a sentence that names it."""
 
+import ast
 import dataclasses
+import importlib
+import inspect
+import itertools
 import math
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,3 +122,20 @@ def test_an_argument_is_checked_like_a_setting():
     check("dtype", "float32", Literal["float32", "bfloat16"])
     with pytest.raises(ConfigError, match=r"dtype is 'bf16', which is none of float32, bfloat16;"):
         check("dtype", "bf16", Literal["float32", "bfloat16"])
+
+
+def test_every_options_help_fits_eighty_columns():
+    """tyro keeps the line breaks of a field's docstring: a longer line would break twice."""
+    for command in cli.COMMANDS.values():
+        importlib.import_module(f"minilm_jax.jobs.{command.module}")
+    classes, long = [Settings], []
+    for one in classes:
+        classes += one.__subclasses__()
+        if not one.__module__.startswith("minilm_jax."):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        for field, said in itertools.pairwise(body.body):
+            text = getattr(getattr(said, "value", None), "value", None)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, str) and "\n" in text:
+                long += [line for line in text.split("\n") if len(line.strip()) > 70]
+    assert len(classes) > 20 and not long

@@ -47,14 +47,16 @@ class BatchConfig(Settings):
     layout: Layout = "packed"
     """`packed`: several documents share a row, kept apart by segments. `padded`: one a row."""
     buckets: tuple[_Length, ...] = ()
-    """Shorter rows for padded batches, such as (64, 128, 256): all rows of a batch have the
-    shortest length that holds them. The last is always sequence_length."""
+    """Shorter rows for padded batches, such as (64, 128, 256): all rows of a
+    batch have the shortest length that holds them. The last is always
+    sequence_length."""
     weights: tuple[Annotated[float, above(0), FINITE], ...] = ()
-    """Share of the rows for each corpus; empty reads all corpora as one, each document once an
-    epoch. With weights each corpus has epochs of its own."""
+    """Share of the rows for each corpus; empty reads all corpora as one,
+    each document once an epoch. With weights each corpus has epochs of
+    its own."""
     language_exponent: Share | None = None
-    """Samples languages in proportion to tokens ** exponent (XLM-R: 0.3); None reads each
-    document once an epoch."""
+    """Samples languages in proportion to tokens ** exponent (XLM-R: 0.3);
+    None reads each document once an epoch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,21 +45,24 @@ class TextSource(Settings):
     """One kind of text and how to read it."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders (read recursively) or patterns such as `wiki/*.jsonl.zst`, where a file is
-    read once however often links or paths lead to it; for format `tfds` names such as `lm1b` or
-    prepared folders; none for `machine-docs`."""
+    """Files, folders (read recursively) or patterns such as
+    `wiki/*.jsonl.zst`, where a file is read once however often links or
+    paths lead to it; for format `tfds` names such as `lm1b` or prepared
+    folders; none for `machine-docs`."""
     format: Format = "auto"
     """`auto` goes by the file name's ending; .gz, .bz2, .xz and .zst may follow it."""
     text_column: str = "text"
     """Column (JSON field, feature) that holds a document's text."""
     documents: Literal["auto", "blank-line", "line", "file"] = "auto"
-    """What ends a document in a text file. auto: the end of the file in Markdown and
-    reStructuredText, whose blank lines end paragraphs, and a blank line in plain text."""
+    """What ends a document in a text file. auto: the end of the file in
+    Markdown and reStructuredText, whose blank lines end paragraphs, and a
+    blank line in plain text."""
     language: str = ""
     """Language code of every document that has no other."""
     language_from: Literal["setting", "column", "file", "folder"] = "setting"
-    """Where a document's language stands: in `language`, in `language_column`, in the file's
-    name up to the first dot (`en.txt.gz`), or in its folder's name (`en/part-1.txt`)."""
+    """Where a document's language stands: in `language`, in
+    `language_column`, in the file's name up to the first dot
+    (`en.txt.gz`), or in its folder's name (`en/part-1.txt`)."""
     language_column: str = "language"
     """Column that holds the language when `language_from` is `column`."""
     split: str = "train"
@@ -67,11 +70,12 @@ class TextSource(Settings):
     data_folder: str = ""
     """Folder with prepared tfds data sets; empty for tfds's own default."""
     broken_text: Literal["skip", "replace"] = "skip"
-    """What happens to a document that is not UTF-8: skipped and counted, or the broken bytes
-    become U+FFFD."""
+    """What happens to a document that is not UTF-8: skipped and counted, or
+    the broken bytes become U+FFFD."""
     broken_files: Literal["stop", "keep"] = "stop"
-    """What happens when a file breaks off (a truncated gzip): an error once everything else is
-    prepared, or what could be read is kept and the break is counted."""
+    """What happens when a file breaks off (a truncated gzip): an error once
+    everything else is prepared, or what could be read is kept and the
+    break is counted."""
     longest_document: Positive = 64 << 20
     """Bytes; a longer document is skipped and counted."""
 

@@ -43,15 +43,16 @@ class RelationObjective(Objective):
         ("qk", 1.0),
         ("vv", 1.0),
     )
-    """Pairs of projections and their weights: qk is MiniLM's attention distribution, vv its value
-    relation; MiniLMv2 takes qq, kk, vv."""
+    """Pairs of projections and their weights: qk is MiniLM's attention
+    distribution, vv its value relation; MiniLMv2 takes qq, kk, vv."""
     heads: Positive | None = None
     """Relation heads. None keeps the attention heads, which must then be equal (MiniLM v1)."""
     layers: tuple[tuple[Positive, Positive], ...] = ()
     """Pairs of (teacher layer, student layer), from 1. Empty is (last, last)."""
     value_mse: Weight = 0.0
-    """Weight of the mean squared error between values, the student's through a learned projection:
-    the ablation of MiniLM's Table 6, which replaces the value relation. 0 leaves it out."""
+    """Weight of the mean squared error between values, the student's through
+    a learned projection: the ablation of MiniLM's Table 6, which replaces
+    the value relation. 0 leaves it out."""
     implementation: Implementation = "auto"
     """Of the relation loss."""
 

@@ -30,8 +30,9 @@ class StudentConfig(Settings, name="student"):
     attention_probs_dropout_prob: Rate | None = None
     """The same for attention probabilities."""
     init: Literal["random", "teacher"] = "random"
-    """random: the papers' choice. teacher: blocks copied from `teacher_layers`, and sliced (the
-    first of each head's and each layer's units) where the student is narrower."""
+    """random: the papers' choice. teacher: blocks copied from
+    `teacher_layers`, and sliced (the first of each head's and each
+    layer's units) where the student is narrower."""
     teacher_layers: tuple[int, ...] = ()
     """Layers (from 1) the student's blocks are copied from; empty spreads them evenly."""
     embeddings: Literal["random", "teacher"] = "random"

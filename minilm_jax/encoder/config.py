@@ -74,10 +74,11 @@ class Compute(Settings, name="compute"):
     """How an encoder computes; parameters, softmax, norms and reductions are fp32 throughout."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products; bfloat16 on accelerators. Left to itself JAX multiplies float32 in
-    fewer bits there (TPU: bfloat16, GPU: TF32); JAX_DEFAULT_MATMUL_PRECISION=highest does not."""
+    """Of the matrix products; bfloat16 on accelerators. Left to itself JAX
+    multiplies float32 in fewer bits there (TPU: bfloat16, GPU: TF32);
+    JAX_DEFAULT_MATMUL_PRECISION=highest does not."""
     remat: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
     attention: Attention = "auto"
-    """plain: XLA's operations alone. auto: kernels on TPUs in bfloat16, on NVIDIA GPUs (Ampere and
-    later), and on CPUs in float32."""
+    """plain: XLA's operations alone. auto: kernels on TPUs in bfloat16, on
+    NVIDIA GPUs (Ampere and later), and on CPUs in float32."""

@@ -55,8 +55,8 @@ class ConvertConfig(Settings):
     verify: bool = False
     """Compare the result byte for byte, and layer by layer with PyTorch where it is installed."""
     heads: tuple[str, ...] | None = None
-    """Heads to convert (pooler, mlm, sequence_classifier, …). Default: all. An empty list converts
-    the encoder alone."""
+    """Heads to convert (pooler, mlm, sequence_classifier, …). Default: all.
+    An empty list converts the encoder alone."""
     sha256: str | None = None
     """Expected SHA-256 of the source's weights, checked before they are parsed."""
     tokenizer: Literal["copy", "none"] = "copy"

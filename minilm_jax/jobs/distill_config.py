@@ -34,8 +34,8 @@ class TeacherConfig(Settings, name="teacher"):
     shape: EncoderConfig | None = None
     """The shape it is expected to have: lets a run be planned without its weights."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """random: made up from `shape`, with a vocabulary learnt from the run's own text. For smoke
-    runs; nothing is learnt from such a teacher."""
+    """random: made up from `shape`, with a vocabulary learnt from the run's
+    own text. For smoke runs; nothing is learnt from such a teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,8 +52,9 @@ class TextConfig(Settings, name="text"):
     corpora: tuple[Path, ...] = ()
     """Folders made by `minilm-jax prepare`; --text.source.paths (docs/data.md) replaces them."""
     heldout: Annotated[float, above(0), below(1)] = 0.05
-    """Share of a source's documents that is kept out of training; of a small text one at least.
-    Prepared corpora have the share that they were made with."""
+    """Share of a source's documents that is kept out of training; of a small
+    text one at least. Prepared corpora have the share that they were made
+    with."""
     evaluate_batches: Positive = 16
     """Held-out batches the loss is measured on, at most."""
 

@@ -28,21 +28,23 @@ class EvaluateConfig(Settings):
     """One evaluation of one or several checkpoints on one task."""
 
     task: TaskName
-    """GLUE's nine, squad1, squad2, xnli, mlqa; your own data: texts (classes), scores
-    (numbers), questions."""
+    """GLUE's nine, squad1, squad2, xnli, mlqa; your own data: texts
+    (classes), scores (numbers), questions."""
     models: tuple[str, ...]
     """Hugging Face folders, Hub ids, or folders of fine-tuning runs, whose best model is taken."""
     data: TaskData
     output: Path
     """Gets predictions/, results.csv (added to) and tables.md."""
     name: str = ""
-    """What tables call the model; "" is the end of its path, as long as tells several models
-    apart. Evaluations of one name and several tasks share a row."""
+    """What tables call the model; "" is the end of its path, as long as
+    tells several models apart. Evaluations of one name and several tasks
+    share a row."""
     splits: tuple[str, ...] = ("dev",)
     """dev, test; also dev-mm, test-mm and ax of MNLI."""
     languages: tuple[str, ...] = ()
-    """Languages to evaluate; none given: all of the task, or own data as a whole. Own data has
-    its language in a column or key `language`, en where there is none."""
+    """Languages to evaluate; none given: all of the task, or own data as a
+    whole. Own data has its language in a column or key `language`, en
+    where there is none."""
     pairs: Literal["same", "all"] = "same"
     """MLQA: question in the context's language (XLT), or all 49 pairs (G-XLT)."""
     labels: tuple[str, ...] = ()

@@ -58,8 +58,8 @@ class FinetuneConfig(Settings):
     """One fine-tuning run, or a sweep of them."""
 
     task: TaskName
-    """GLUE's nine, squad1, squad2, xnli, mlqa; your own data: texts (classes), scores
-    (numbers), questions."""
+    """GLUE's nine, squad1, squad2, xnli, mlqa; your own data: texts
+    (classes), scores (numbers), questions."""
     model: str
     """A Hugging Face folder or a Hub id: the encoder to start from, with its tokenizer."""
     init: Literal["checkpoint", "random"] = "checkpoint"
@@ -68,11 +68,11 @@ class FinetuneConfig(Settings):
     output: Path
     """The run's folder: config, metrics, evaluations, checkpoints, the best model, tables."""
     train_languages: tuple[str, ...] = ()
-    """none given: English, or all rows of own data. XNLI: English alone is zero-shot transfer;
-    several are translate-train."""
+    """none given: English, or all rows of own data. XNLI: English alone is
+    zero-shot transfer; several are translate-train."""
     select_languages: tuple[str, ...] = ()
-    """Dev sets that select checkpoints; none given: the task's own rule (XNLI: all 15 together,
-    MLQA: English; own data: all rows)."""
+    """Dev sets that select checkpoints; none given: the task's own rule
+    (XNLI: all 15 together, MLQA: English; own data: all rows)."""
     report: Literal["task", "none"] = "task"
     """What the best model is scored on at the end: the split the papers report, or nothing."""
     name: str = ""

@@ -52,8 +52,9 @@ class PlanConfig(Settings):
     hardware: str = "local"
     """local, or what need not be there: tpu-v5e-256, tpu-v4-256, tpu-v5p:2x2x2, gpu-h100-8."""
     efficiency: Annotated[float, above(0), at_most(1)] | None = None
-    """Share of the peak the matrix products are assumed to reach; None: 0.75 of what this CPU is
-    measured to do, 0.4 of the published peak elsewhere, which is not measured."""
+    """Share of the peak the matrix products are assumed to reach; None: 0.75
+    of what this CPU is measured to do, 0.4 of the published peak
+    elsewhere, which is not measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,9 @@ class PrepareConfig(Settings):
     workers: Count | None = None
     """Worker processes; 0 works in this process, None starts one per core."""
     heldout: Rate = 0.01
-    """Share of documents held out of training, chosen by a hash of their text; of a small
-    text one at least. Distillation measures its loss on them."""
+    """Share of documents held out of training, chosen by a hash of their
+    text; of a small text one at least. Distillation measures its loss on
+    them."""
     shard_tokens: Positive = 64 << 20
     """Tokens per shard. An interruption loses at most one unfinished shard per worker."""
 

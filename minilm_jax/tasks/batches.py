@@ -25,8 +25,8 @@ class RowConfig(Settings, name="batch"):
     batch_size: Positive = 32
     """Rows of the global batch."""
     layout: Layout = "bucketed"
-    """bucketed: rows of a batch are as long as its longest, rounded up to `bucket`; padded: all
-    are max_length. Scores are the same."""
+    """bucketed: rows of a batch are as long as its longest, rounded up to
+    `bucket`; padded: all are max_length. Scores are the same."""
     bucket: Positive = 32
     """Tokens; a smaller one computes less and compiles more programs."""
 

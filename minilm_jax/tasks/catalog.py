@@ -83,8 +83,8 @@ class TaskData(Settings, name="data"):
     """Where a task's examples come from: give one of `folder`, `tfds`, or files of your own."""
 
     folder: Path | None = None
-    """Official files, as downloaded: GLUE's tsv, SQuAD's json, XNLI-1.0 and XNLI-MT-1.0,
-    MLQA_V1."""
+    """Official files, as downloaded: GLUE's tsv, SQuAD's json, XNLI-1.0 and
+    XNLI-MT-1.0, MLQA_V1."""
     tfds: Path | None = None
     """A data_dir of tensorflow-datasets in which the task's builder is prepared."""
     train: Path | None = None

@@ -30,8 +30,8 @@ class HostsConfig(Settings, name="hosts"):
     """The processes of a run; the same settings on every host but `process`."""
 
     start: Literal["one", "auto", "explicit"] = "one"
-    """one: this process alone. auto: JAX finds the others (TPU slice, SLURM, GKE, Open MPI).
-    explicit: from the three settings below."""
+    """one: this process alone. auto: JAX finds the others (TPU slice, SLURM,
+    GKE, Open MPI). explicit: from the three settings below."""
     coordinator: str | None = None
     """host:port of process 0, for explicit."""
     processes: Positive | None = None

@@ -34,15 +34,15 @@ class OptimizerConfig(Settings, name="optimizer"):
     b1: Rate = 0.9
     b2: Rate = 0.999
     eps: Annotated[float, above(0), FINITE] = 1e-6
-    """Adam's epsilon; 1e-6 as in BERT's code, both MiniLM papers are silent. With 0, a parameter
-    without a gradient would become 0/0."""
+    """Adam's epsilon; 1e-6 as in BERT's code, both MiniLM papers are silent.
+    With 0, a parameter without a gradient would become 0/0."""
     weight_decay: Weight = 0.01
     """Decoupled; never on biases, LayerNorm scales and parameters the loss does not reach."""
     clip_norm: Weight = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns it off."""
     ema_decay: Rate = 0.0
-    """Of an exponential moving average of the parameters, which is then what is evaluated and
-    exported; 0 turns it off. Try 0.999."""
+    """Of an exponential moving average of the parameters, which is then what
+    is evaluated and exported; 0 turns it off. Try 0.999."""
 
 
 @jax.tree_util.register_dataclass
