@@ -16,6 +16,7 @@ import numpy as np
 from minilm_jax.convert.folder import write_model
 from minilm_jax.convert.hf_config import without_task
 from minilm_jax.convert.model import Model, flatten
+from minilm_jax.data.batches import Batches
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.distill.student import StudentConfig, larger_sizes
 from minilm_jax.encoder.config import EncoderConfig
@@ -198,13 +199,17 @@ class _Run:
         loss = make_loss(config, teacher.config)
         given = devices.place(run_given(config, teacher))
         rows = devices.rows(config.batch.batch_size)
-        held = itertools.islice(heldout.evaluation_batches(rows=rows), config.text.evaluate_batches)
-        evaluate = _evaluator(
-            devices,
-            make_evaluation(loss, accumulate=config.train.accumulate),
-            given.frozen,
-            [mask(batch, step) for step, batch in enumerate(held)],
+        loss_of = _evaluator(
+            devices, make_evaluation(loss, accumulate=config.train.accumulate), given.frozen
         )
+
+        def place(part: Batches) -> list[Any]:
+            held = itertools.islice(
+                part.evaluation_batches(rows=rows), config.text.evaluate_batches
+            )
+            return [devices.place_batch(mask(batch, step)) for step, batch in enumerate(held)]
+
+        evaluate = functools.partial(loss_of, place(heldout))
 
         def start(student: StudentConfig) -> dict[str, Any]:
             changed = dataclasses.replace(config, student=student)
@@ -259,7 +264,10 @@ class _Run:
             if config.train.export == "best":
                 step, state = checkpoints.restore_best(state, devices.shardings(state))
                 self.say(f"the student is that of step {step}: the lowest held-out loss")
-        figures["after"] = evaluate(evaluated_params(state, config.optimizer))
+        params = evaluated_params(state, config.optimizer)
+        figures["after"] = evaluate(params)
+        for folder, part in splits.heldout_of.items():
+            figures[f"after, {folder}"] = loss_of(place(part), params)
         goodput.lap("evaluation")
         goodput.record(taken)
         return state, taken, figures, tokenizer
@@ -314,16 +322,12 @@ def _check(
 
 
 def _evaluator(
-    devices: Devices,
-    evaluation: Callable[..., Loss],
-    frozen: Any,
-    heldout: list[dict[str, np.ndarray]],
-) -> Callable[[Any], float]:
-    """Returns params -> held-out loss; one compiled program for every student measured."""
+    devices: Devices, evaluation: Callable[..., Loss], frozen: Any
+) -> Callable[[list[Any], Any], float]:
+    """Returns (placed batches, params) -> loss; one compiled program for every student measured."""
     lifted = devices.lift_evaluation(evaluation)
-    batches = [devices.place_batch(batch) for batch in heldout]
 
-    def evaluate(params: Any) -> float:
+    def evaluate(batches: list[Any], params: Any) -> float:
         placed = devices.place(params)
         parts = [jax.device_get(lifted(placed, frozen, batch)) for batch in batches]
         whole: Loss = functools.reduce(functools.partial(jax.tree.map, np.add), parts)
@@ -393,6 +397,9 @@ def _summarise(result: DistillResult, config: DistillConfig, say: Callable[[str]
     for name, text in lines.items():
         if name in result.heldout:
             say(f"  {result.heldout[name]:8.4f}  {text}")
+    for name, value in result.heldout.items():
+        if name.startswith("after, "):
+            say(f"  {value:8.4f}  {name}")
     plot = config.output / PLOT
     drawn = f", plot {plot}" if plot.exists() else "; a plot needs minilm_jax[plot]"
     student = shlex.quote(result.student)

@@ -144,7 +144,8 @@ class DistillResult:
     seconds: float
     """Of the start that finished the run."""
     heldout: dict[str, float]
-    """Held-out loss of the student before and after, and of the reference points."""
+    """Held-out loss of the student before and after, and of the reference points; after on each
+    corpus by itself, where there are several."""
 
 
 def check_settings(config: DistillConfig, teacher: EncoderConfig) -> EncoderConfig:

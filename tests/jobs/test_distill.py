@@ -464,7 +464,14 @@ def test_what_a_mixture_is_made_of_is_told(config, tiny_teacher, tmp_path):
     assert (
         f"corpus 1: 25.0% of the rows; {mixed.train.steps} steps read it {times:.3g} times" in said
     )
+    # And how near the student came to the teacher on each of them.
+    result, summary = run(dataclasses.replace(mixed, train=TrainConfig(steps=3)))
+    parts = {name: value for name, value in result.heldout.items() if "," in name}
+    assert set(parts) == {f"after, {tmp_path}/{name}" for name in "ab"}
+    assert min(parts.values()) < result.heldout["after"] < max(parts.values())
+    assert all(f"{value:.4f}  {name}" in summary for name, value in parts.items())
     alone = open_splits(config, (tmp_path / "a",), tokenizer)
+    assert not alone.heldout_of
     assert f"{config.train.steps} steps read all of it " in alone.lines[1]
 
 
