@@ -45,7 +45,8 @@ def _of_run(source: str) -> str:
     if not source or is_model(folder):
         return source
     if (folder / SWEEP).is_file():
-        folder = folder / str(read_json(folder / SWEEP)["best"].get("best_run"))
+        best = _dict(_dict(read_json(folder / SWEEP)).get("best"))
+        folder = folder / str(best.get("best_run"))
     for inner in (BEST, STUDENT):
         if is_model(folder / inner):
             return str(folder / inner)
@@ -75,9 +76,8 @@ def own_settings(task: Task, model: Model) -> tuple[LengthConfig, AnswerConfig]:
     Raises:
       ConfigError: what it says is of the wrong type or out of range.
     """
-    every = model.hf_config.get("task_specific_params")
-    own = every.get(model.hf_config.get("finetuning_task")) if isinstance(every, dict) else None
-    said = own if isinstance(own, dict) else {}
+    every = _dict(model.hf_config.get("task_specific_params"))
+    said = _dict(every.get(str(model.hf_config.get("finetuning_task"))))
     lengths = LengthConfig(max_length=384) if task.kind == "span" else LengthConfig()
     try:
         return _as_said(lengths, said.get("lengths")), _as_said(AnswerConfig(), said.get("answers"))
@@ -88,8 +88,13 @@ def own_settings(task: Task, model: Model) -> tuple[LengthConfig, AnswerConfig]:
 
 
 def _as_said(default: T, said: Any) -> T:
-    names = vars(default).keys() & (said.keys() if isinstance(said, dict) else ())
+    names = vars(default).keys() & _dict(said).keys()
     return dataclasses.replace(default, **{name: said[name] for name in names})
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """Returns what a file of another's making holds where an object belongs; else an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str, ...]:

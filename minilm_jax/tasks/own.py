@@ -68,7 +68,7 @@ def read_scores(file: Path, *, hidden: bool = False, language: str = "") -> list
     def score(said: Any, origin: str) -> float:
         try:
             value = math.nan if isinstance(said, bool | list | dict) else float(said)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise DataError(

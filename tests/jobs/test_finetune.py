@@ -281,7 +281,12 @@ def test_squad_learns_its_own_questions(tmp_path, bert, task):
     (copied / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=r"copied: task_specific_params of its config.json: len"):
         evaluate.run(again, say=quiet)
-    del stored["task_specific_params"]
+    for foreign in ([task], {task: [1]}, {task: {"lengths": 3, "answers": {"beams": 2}}}, None):
+        stored["task_specific_params"] = foreign
+        (copied / "config.json").write_text(json.dumps(stored))
+        with pytest.raises(ConfigError, match=r"max_length=384 is longer than the model's 128"):
+            evaluate.run(again, say=quiet)
+    stored["finetuning_task"] = [task]
     (copied / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=r"max_length=384 is longer than the model's 128"):
         evaluate.run(again, say=quiet)
@@ -828,7 +833,7 @@ def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
     model, _ = trained_model.load(str(moved))
     assert model.source == str(moved / Path(best.model).relative_to(sweep.output))
     moved.rename(sweep.output)
-    (sweep.output / "sweep.json").unlink()
+    (sweep.output / "sweep.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"name one of its folders instead: lr0.*seed1/best"):
         trained_model.load(str(sweep.output))
 

@@ -441,7 +441,7 @@ def test_own_files_to_predict_need_no_label(tmp_path):
 def test_own_scores_are_numbers(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": -0.5}\n{"text": "b", "label": "3"}\n')
     assert [e.label for e in read_scores(tmp_path / "a.jsonl")] == [-0.5, 3.0]
-    for wrong in ('"good"', "true", "[1]", "Infinity", '"1,5"'):
+    for wrong in ('"good"', "true", "[1]", "Infinity", '"1,5"', "1" + "0" * 400):
         (tmp_path / "b.jsonl").write_text(f'{{"text": "a", "label": {wrong}}}\n')
         with pytest.raises(DataError, match=r"b.jsonl:1: label .* is no number; classes are"):
             read_scores(tmp_path / "b.jsonl")
