@@ -6,7 +6,6 @@ that is none would be taken for another.
 """
 
 import dataclasses
-import inspect
 import math
 import types
 from collections.abc import Callable, Sequence
@@ -80,16 +79,21 @@ class Settings:
             cls._name = f"{name}."
 
     def __post_init__(self) -> None:
-        own = inspect.get_annotations(type(self))
-        if own and "__dataclass_fields__" not in vars(type(self)):
-            raise ConfigError(
-                f"{type(self).__name__} has settings ({', '.join(own)}) that nobody can set: write "
-                "@dataclasses.dataclass(frozen=True, kw_only=True) above the class"
-            )
         declared = get_type_hints(type(self), include_extras=True)
         fields: Any = self  # a dataclass, as every subclass is
+        known = {field.name for field in dataclasses.fields(fields)}
+        stray = [name for name in declared if name not in known and not _of_class(declared[name])]
+        if stray:
+            raise ConfigError(
+                f"{type(self).__name__} has settings ({', '.join(stray)}) that nobody can set: "
+                "write @dataclasses.dataclass(frozen=True, kw_only=True) above each class"
+            )
         for field in dataclasses.fields(fields):
             check(self._name + field.name, getattr(self, field.name), declared[field.name])
+
+
+def _of_class(declared: Any) -> bool:
+    return declared is ClassVar or get_origin(declared) is ClassVar
 
 
 def over(own: T, options: Any) -> T:

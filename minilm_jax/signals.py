@@ -90,7 +90,8 @@ def interrupted_at_once() -> Iterator[None]:
 
     Python does that when native code comes back, which can take long. Nothing is tidied up.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)

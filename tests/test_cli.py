@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -225,6 +226,15 @@ def test_a_terminal_without_unicode_is_written_to_all_the_same():
     )
     assert said.returncode == 0
     assert b"usage: minilm-jax COMMAND ?" in said.stdout
+
+
+def test_a_command_can_be_given_from_a_thread(tmp_path, capsys):
+    status = []
+    arguments = ["inspect", "--corpus", str(tmp_path / "none")]
+    thread = threading.Thread(target=lambda: status.append(cli.main(arguments)))
+    thread.start()
+    thread.join()
+    assert status == [2] and "is not a prepared corpus" in capsys.readouterr().err
 
 
 def test_the_version(capsys):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
@@ -44,11 +44,19 @@ class Forgotten(Inner):
 
 class Undeclared(Inner):
     weight = 2.0
+    shared: ClassVar[int] = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Below(Forgotten):
+    bias: float = 0.0
 
 
 def test_settings_that_could_not_be_set_are_said():
     with pytest.raises(ConfigError, match=r"Forgotten has settings \(weight\) .*@dataclasses.data"):
         Forgotten(steps=3)
+    with pytest.raises(ConfigError, match=r"Below has settings \(weight\) that nobody can set"):
+        Below(bias=1.0)
     assert Undeclared(steps=3).weight == 2.0
 
 

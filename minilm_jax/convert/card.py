@@ -9,11 +9,14 @@ from minilm_jax import __version__
 from minilm_jax.convert.model import Model, flatten
 
 CARD = "README.md"
-_CARRIED = (
-    *("license", "license_name", "license_link", "language", "tags", "datasets", "base_model"),
-    "pipeline_tag",
-)
+_OF_DERIVED = ("license", "license_name", "license_link", "language")
+_OF_WEIGHTS = (*_OF_DERIVED, "tags", "datasets", "base_model", "pipeline_tag")
 """What the head of a card on the Hub says that holds for the model in any form."""
+_OF_FORM = (
+    *("architecture", "layers × width × heads", "vocabulary", "parameters", "stored as"),
+    *("source", "SHA-256 of the source's weights", "written by"),
+)
+"""What our card says of the folder it lies in, and not of how the weights came about."""
 
 
 def model_card(
@@ -21,7 +24,8 @@ def model_card(
 ) -> str:
     """Returns README.md: what the weights are, where they came from, how to load them.
 
-    Where the weights are the source's own, so are its licence, languages and tags.
+    The source's licence and languages are carried along; where the weights are the source's own,
+    so are its tags, and how they came about where this package trained them.
 
     Args:
       model: that is written.
@@ -30,12 +34,13 @@ def model_card(
       origin: how the weights came about, by name; None names the model's source.
     """
     config = model.config
-    carried = ""
+    source = _read(model.folder)
+    carried = _carried(source, _OF_WEIGHTS if origin is None else _OF_DERIVED)
     if origin is None:
-        carried = _carried(model.folder / CARD) if model.folder is not None else ""
         origin = {
             "source": model.source or "trained with minilm_jax",
             "SHA-256 of the source's weights": model.fingerprint or "none",
+            **_origin(source),
         }
     lines = {
         "architecture": architecture,
@@ -67,10 +72,29 @@ model = {architecture}.from_pretrained("path/to/this/folder")
 """
 
 
-def _carried(card: Path) -> str:
-    """Returns the lines of a card's head that are carried along; "" where it has none."""
-    if not card.is_file():
-        return ""
-    head = re.match(r"---\n(.*?\n)---\s", card.read_text("utf-8", errors="replace"), re.DOTALL)
-    entries = re.split(r"^(?=[a-z_]+:)", head[1], flags=re.MULTILINE) if head else []
-    return "".join(entry for entry in entries if entry.partition(":")[0] in _CARRIED)
+def carried_card(model: Model) -> str:
+    """Returns the source's licence, languages and tags as the head of a card; "" without any."""
+    head = _carried(_read(model.folder), _OF_WEIGHTS)
+    return f"---\n{head}---\n" if head else ""
+
+
+def _read(folder: Path | None) -> str:
+    card = folder and folder / CARD
+    return card.read_text("utf-8", errors="replace") if card and card.is_file() else ""
+
+
+def _carried(card: str, keys: Sequence[str]) -> str:
+    """Returns the lines of a card's head that these keys begin."""
+    head = re.match(r"---\n(.*?\n)---\s", card, re.DOTALL)
+    # A key begins a line; what is indented, or an item of a list, goes on with the one before.
+    entries = re.split(r"^(?=[^\s-])", head[1], flags=re.MULTILINE) if head else []
+    return "".join(entry for entry in entries if entry.partition(":")[0] in keys)
+
+
+def _origin(card: str) -> dict[str, str]:
+    """Returns how the weights came about, where our own card of the source says so."""
+    rows = re.findall(r"^\| (.+?) \| (.*) \|$", card, re.MULTILINE)
+    said = {key: value.replace(r"\|", "|") for key, value in rows}
+    if not said.get("written by", "").startswith("minilm_jax "):
+        return {}
+    return {key: value for key, value in said.items() if key not in _OF_FORM}

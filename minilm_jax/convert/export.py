@@ -43,8 +43,21 @@ outputs = function.call(params, inputs)  # a dict: {outputs}
 Batch and length are free, up to {length} tokens; it runs on {platforms}.{tokenizer}
 """
 _TOKENIZER = """ The tokenizer lies beside it:
-`transformers.AutoTokenizer.from_pretrained` reads this folder, and its `attention_mask` is
-`segments`."""
+
+```python
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+settings = {{"padding": True, "truncation": True, "max_length": {length}}}
+batch = tokenizer(texts{lower}, **settings, return_tensors="np")
+inputs = {{"input_ids": batch["input_ids"], "segments": batch["attention_mask"]}}{types}
+inputs = {{name: x.astype(np.int32) for name, x in inputs.items()}}
+```
+"""
+_PROMPT = """
+`embedding` pools every token. This model leaves those of a prompt out: set their `segments` to 0
+for the pooling alone, which this function cannot do; pool `hidden_{last}` yourself then.
+"""
 
 
 def write_export(
@@ -87,7 +100,7 @@ def write_export(
         outputs=", ".join([f"hidden_0 … hidden_{model.config.num_hidden_layers}", *heads]),
         length=model.config.max_length,
         platforms=", ".join(PLATFORMS),
-        tokenizer=_TOKENIZER if tokenizer_files else "",
+        tokenizer=_tokenizing(model) if tokenizer_files else "",
     )
 
     def read(path: str) -> np.ndarray:
@@ -111,6 +124,20 @@ def write_export(
             check(partial)
 
     return replace_folder(Path(folder), fill, source=model.folder)
+
+
+def _tokenizing(model: Model) -> str:
+    """Returns how texts become inputs, as the model's own files say."""
+    sentence, config = model.sentence, model.config
+    types = '\ninputs["token_type_ids"] = batch["token_type_ids"]'
+    said = _TOKENIZER.format(
+        lower="" if sentence is None or not sentence.lower_case else ".lower()",
+        length=config.max_length if sentence is None else sentence.max_length,
+        types=types if config.type_vocab_size > 1 else "",
+    ).replace("texts.lower()", "[text.lower() for text in texts]")
+    if sentence is not None and not sentence.include_prompt:
+        said += _PROMPT.format(last=config.num_hidden_layers)
+    return said
 
 
 def exported_outputs(

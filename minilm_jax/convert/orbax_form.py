@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from minilm_jax.convert.card import CARD, carried_card
 from minilm_jax.convert.hf_config import from_hf_config, to_hf_config
 from minilm_jax.convert.matching import write_names
 from minilm_jax.convert.model import Model, flatten, nest
@@ -43,6 +44,8 @@ def write_orbax(
         write_json(partial / "config.json", to_hf_config(model.config, model.hf_config))
         for file in tokenizer_files:
             shutil.copyfile(file, partial / file.name)
+        if card := carried_card(model):
+            (partial / CARD).write_text(card, encoding="utf-8")
         if model.sentence is not None:
             write_sentence(partial, model.sentence, width=model.config.hidden_size)
         write_manifest(partial, source=model.source, sha256=model.fingerprint)

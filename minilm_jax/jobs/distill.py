@@ -43,6 +43,7 @@ from minilm_jax.jobs.running import (
     open_goodput,
     own_code,
     own_folder,
+    shape_digest,
     write_result,
 )
 from minilm_jax.jobs.teacher import check_heads, learn_tokenizer, load_teacher, open_tokenizer
@@ -111,7 +112,7 @@ class _Run:
     def finish(self) -> DistillResult:
         """Returns the result, computed or read."""
         config, target = self.config, str(self.config.output / STUDENT)
-        described = describe(config, teacher=self.teacher.fingerprint)
+        described = _described(config, self.teacher.config, self.teacher.fingerprint)
         with (
             own_folder(
                 config.output,
@@ -230,7 +231,7 @@ class _Run:
         if fewer and not larger_sizes(self.shape, teacher.config):
             figures["copied"] = measure(dataclasses.replace(own, init="teacher"))
         goodput.lap("evaluation")
-        described = describe(config, teacher=teacher.fingerprint)
+        described = _described(config, teacher.config, teacher.fingerprint)
         optimizer = make_run_optimizer(config, teacher.config)
 
         def look(state: TrainState) -> Evaluation:
@@ -273,6 +274,10 @@ class _Run:
         return state, taken, figures, tokenizer
 
 
+def _described(config: DistillConfig, teacher: EncoderConfig, fingerprint: str) -> dict[str, Any]:
+    return describe(config, teacher=fingerprint, teacher_config=shape_digest(teacher))
+
+
 def _prepare(config: DistillConfig, say: Callable[[str], None]) -> _Run:
     """Returns the run with everything checked that can be before its folder is touched."""
     began = time.monotonic()
@@ -307,10 +312,10 @@ def _check(
     """
     shape = check_settings(config, teacher)
     devices = open_devices(config.train, batch_size=config.batch.batch_size)
-    described = describe(config, teacher=fingerprint or "")
+    described = _described(config, teacher, fingerprint or "")
     unknown = () if fingerprint else ("fingerprints", "teacher.source")
     if writes():
-        check_run(config.output, described, override=config.override + unknown)
+        check_run(config.output, described, override=config.override, unknown=unknown)
     if (config.output / RESULT).exists():
         return shape, devices, None
     check_source(config)

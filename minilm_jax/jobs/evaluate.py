@@ -103,7 +103,7 @@ def _open(config: EvaluateConfig, source: str, name: str, devices: Devices) -> _
     """Returns a model with the parts read; ConfigError or DataError where they do not fit."""
     task = TASKS[config.task]
     model, tokenizer = load(source)
-    check_name(name, task, model, config.output / RESULTS)
+    check_name(name, task, model, config.output / RESULTS, source=source)
     labels = model_labels(task, model, config.labels)
     lengths, answers = own_settings(task, model)
     lengths, answers = over(lengths, config.lengths), over(answers, config.answers)
@@ -195,13 +195,21 @@ def _as_folder(name: str) -> str:
     return name.replace("/", "_")
 
 
-def check_name(name: str, task: Task, model: Model, results: Path) -> None:
+def check_name(name: str, task: Task, model: Model, results: Path, *, source: str) -> None:
     """Raises ConfigError where a file of results has figures of another model by this name.
 
-    Tables would show one of them for the other. The same folder, trained again, is no other model.
+    Tables would show one of them for the other. The same folder, trained again, is no other model,
+    nor is the best of a sweep that has grown.
+
+    Args:
+      name: what tables are to call the model.
+      task: it is scored on.
+      model: to be scored.
+      results: the file, which need not be there.
+      source: what the user calls the model.
     """
     for row in read_rows(results) if results.exists() else ():
-        same = model.source == row.model or model.fingerprint == row.model_sha256
+        same = model.fingerprint == row.model_sha256 or Path(row.model).is_relative_to(source)
         if (row.name, row.task) == (name, task.name) and not same:
             raise ConfigError(
                 f"{results} calls {row.model} {name!r} on {task.name}, so {model.source} needs "

@@ -22,6 +22,7 @@ from minilm_jax.tasks.examples import QuestionExample, Skips, TextExample
 from minilm_jax.tasks.features import (
     Feature,
     LengthConfig,
+    check_room,
     check_windows,
     question_features,
     text_features,
@@ -81,10 +82,9 @@ class Evaluator:
         """Compiles nothing yet; every part shares the programs.
 
         Raises:
-          ConfigError: questions of these lengths cannot be windows.
+          ConfigError: rows of these lengths hold no text, or windows would have gaps.
         """
-        if task.kind == "span":
-            check_windows(tokenizer, lengths)
+        (check_windows if task.kind == "span" else check_room)(tokenizer, lengths)
         self._task, self._tokenizer, self._labels = task, tokenizer, labels
         self._devices, self._lengths, self._answers, self._batch = devices, lengths, answers, batch
         classes = len(labels) if task.kind == "classes" else 1

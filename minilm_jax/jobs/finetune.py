@@ -23,6 +23,7 @@ from minilm_jax.jobs.running import (
     open_checkpoints,
     open_goodput,
     own_folder,
+    shape_digest,
     train,
     write_result,
 )
@@ -77,7 +78,13 @@ def _check_sweep(config: FinetuneConfig, runs: Runs, inputs: Inputs) -> None:
 
 
 def _described(config: FinetuneConfig, inputs: Inputs) -> dict[str, Any]:
-    return describe(config, model=inputs.source.fingerprint, data=inputs.digests)
+    return describe(
+        config,
+        model=inputs.source.fingerprint,
+        model_config=shape_digest(inputs.source.config),
+        tokenizer=inputs.tokenizer.fingerprint,
+        data=inputs.digests,
+    )
 
 
 def _plan(config: FinetuneConfig, inputs: Inputs) -> tuple[TrainConfig, Schedule]:

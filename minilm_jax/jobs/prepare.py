@@ -10,6 +10,8 @@ from typing import get_args
 from minilm_jax.data.corpus import MANIFEST, Corpus, Manifest, Split
 from minilm_jax.data.prepare import SPLITS, Progress, prepare
 from minilm_jax.data.sources import TextSource
+from minilm_jax.data.tokenizers import load_tokenizer
+from minilm_jax.errors import DataError
 from minilm_jax.settings import Count, Positive, Rate, Settings, check
 from minilm_jax.signals import stoppable
 
@@ -51,7 +53,14 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
         if finished:
             for split in get_args(Split):
                 if manifest.splits.get(split):
-                    Corpus.open(config.output, split=split)
+                    Corpus.open(config.output, split=split, verify="hashes")
+            if load_tokenizer(config.output / "tokenizer").fingerprint != (
+                manifest.tokenizer_fingerprint
+            ):
+                raise DataError(
+                    f"{config.output / 'tokenizer'}: is not the one that this corpus was made with;"
+                    " copy it again, or give a new folder"
+                )
             say(f"{config.output} is finished and undamaged; nothing to do.")
     for split in SPLITS:
         if shards := manifest.splits.get(split):

@@ -1,7 +1,9 @@
 """What every job that trains does around the engine: hosts, devices, the run's folder, the loop."""
 
 import dataclasses
+import functools
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,6 +16,7 @@ import optax
 from minilm_jax import native
 from minilm_jax.data.prefetch import Prefetch
 from minilm_jax.data.prepare import check_guarded
+from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.settings import Settings
 from minilm_jax.train.checkpoint import Checkpoints
 from minilm_jax.train.config import EngineConfig, TrainConfig
@@ -26,6 +29,7 @@ from minilm_jax.train.profile import PROFILE, Profile
 from minilm_jax.train.run_folder import (
     CHECKPOINTS,
     METRICS,
+    NOT_COMPARED,
     RESULT,
     jsonable,
     open_run,
@@ -85,11 +89,16 @@ def describe(config: Any, **fingerprints: str | Mapping[str, str]) -> dict[str, 
         if dataclasses.is_dataclass(value) and type(value) is not declared:
             plain[name] = {"class": type(value).__qualname__, **plain[name]}
     # Where a run lies, who watches it and which changes it forgives is not what it is.
-    for name in ("override", "output"):
-        plain.pop(name)
-    for name in ("hosts", "devices", "trackers", "profile"):
-        plain["train"].pop(name)
+    for name in NOT_COMPARED:
+        *outer, last = name.split(".")
+        functools.reduce(dict.__getitem__, outer, plain).pop(last)
     return {**plain, "fingerprints": fingerprints}
+
+
+def shape_digest(model: EncoderConfig) -> str:
+    """Returns SHA-256 of what an encoder computes beside its weights: shape, activation, norm."""
+    content = json.dumps(dataclasses.asdict(model), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def own_code(settings: Settings) -> dict[str, str]:

@@ -101,13 +101,17 @@ def _mixture(train: Batches, corpora: Sequence[Corpus], *, steps: int) -> list[s
     ]
     shares, passes = train.shares(), train.passes(steps)
     if len(shares) == 1:
-        lines.append(f"{steps:,} steps read all of it {next(iter(passes.values())):.3g} times")
+        lines.append(f"{steps:,} steps read all of it {_times(next(iter(passes.values())))}")
     else:
         lines += [
-            f"{name}: {shares[name]:.1%} of the rows; {steps:,} steps read it {times:.3g} times"
+            f"{name}: {shares[name]:.1%} of the rows; {steps:,} steps read it {_times(times)}"
             for name, times in passes.items()
         ]
     return [f"{'':<8} {line}" for line in lines]
+
+
+def _times(count: float) -> str:
+    return f"{count:,.0f} times" if count >= 100 else f"{count:.3g} times"
 
 
 def make_masking(

@@ -58,7 +58,7 @@ def check_length(lengths: LengthConfig, model: Model) -> None:
     if lengths.max_length > model.config.max_length:
         raise ConfigError(
             f"lengths.max_length={lengths.max_length} is longer than the model's "
-            f"{model.config.max_length} positions"
+            f"{model.config.max_length} positions ({model.source})"
         )
 
 
@@ -112,9 +112,17 @@ def model_labels(task: Task, model: Model, given: tuple[str, ...]) -> tuple[str,
         raise ConfigError(
             f"model {model.source} has no {head.replace('_', ' ')}; fine-tune it on {task.name}"
         )
-    if task.kind != "classes":
+    if task.kind == "span":
         return ()
     outputs = int(np.shape(model.params[head]["output"]["bias"])[0])
+    if (outputs == 1) != (task.kind == "score"):
+        learnt = "a number" if outputs == 1 else f"{outputs:,} classes"
+        raise ConfigError(
+            f"model {model.source} has learnt {learnt}, which {task.name} does not ask for; "
+            f"fine-tune it on {task.name}"
+        )
+    if task.kind == "score":
+        return ()
     stored = named_labels(model)
     named = given or stored
     if given and len(given) != outputs:

@@ -79,6 +79,7 @@ def text_features(
       config: lengths.
       labels: the model's class names in the order of its outputs; none for scores.
     """
+    check_room(tokenizer, config)
     index = {name: i for i, name in enumerate(labels)}
     first = tokenizer.encode([example.text for example in examples])
     second = tokenizer.encode([example.text_pair or "" for example in examples])
@@ -87,11 +88,6 @@ def text_features(
     for number, example in enumerate(examples):
         paired = example.text_pair is not None
         room = config.max_length - specials[paired]
-        if room < 1:
-            raise ConfigError(
-                f"lengths.max_length={config.max_length} leaves no room for text; give a larger "
-                "--lengths.max-length"
-            )
         lengths = _shares(len(first[number]), len(second[number]), room=room)
         row = tokenizer.build(
             first[number][: lengths[0]], second[number][: lengths[1]] if paired else None
@@ -99,6 +95,15 @@ def text_features(
         label = index[example.label] if isinstance(example.label, str) else example.label
         found.append(_feature(number, row, label))
     return found
+
+
+def check_room(tokenizer: Tokenizer, config: LengthConfig) -> None:
+    """Raises ConfigError where a row has no place for a token of each text of a pair."""
+    if config.max_length < _specials(tokenizer, paired=True) + 2:
+        raise ConfigError(
+            f"lengths.max_length={config.max_length} leaves no room for text; give a larger "
+            "--lengths.max-length"
+        )
 
 
 def check_windows(tokenizer: Tokenizer, config: LengthConfig) -> None:

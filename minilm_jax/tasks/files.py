@@ -1,7 +1,6 @@
 """Text files read strictly: UTF-8 or an error with file and line, tabs that mean columns."""
 
 import csv
-import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -75,15 +74,9 @@ def read_tsv(
     """
     lines = read_lines(path)
     if names is None:
-        header = next(lines, None)
-        if header is None:
-            raise DataError(f"{path}: is empty")
-        if "\r" in header[1]:
-            raise DataError(
-                f"{path}:1: lines end in a carriage return alone; convert them to line feeds"
-            )
-        names = header[1].split("\t")
+        names = _first_line(path).split("\t")
         _check_header(path, names, needs)
+        next(lines)
     for origin, line in lines:
         cells = line.split("\t")
         if len(cells) != len(names):
@@ -105,33 +98,27 @@ def read_csv(path: Path, *, needs: Sequence[str]) -> Iterator[Row]:
     """Yields the rows of a file of comma-separated values with a header line.
 
     Quoting is RFC 4180's, as spreadsheets and pandas write it: a quoted cell may hold commas, line
-    feeds and doubled quotes. Semicolons divide the columns where the header has them instead, as
-    spreadsheets write where the comma divides decimals.
+    feeds and doubled quotes. Semicolons or tabs divide the columns where the header has them
+    instead, as spreadsheets write where the comma divides decimals.
 
     Args:
       path: the file.
       needs: columns that must be there.
     """
-    read = list(itertools.islice(read_lines(path), 1))
-    if not read:
-        raise DataError(f"{path}: is empty")
-    at, header = read[0]
-
-    def lines() -> Iterator[str]:
-        nonlocal at
-        for at, line in read_lines(path):  # noqa: B007 - the reader's errors are told with it
-            yield f"{line}\n"
-
+    header = _first_line(path)
     # Python's own limit, of 128 KiB a cell, is less than many a document.
     csv.field_size_limit(_LONGEST_CELL)
-    divider = max(",;", key=header.count)
-    reader = csv.reader(lines(), strict=True, delimiter=divider)
+    divider = max(",;\t", key=header.count)
+    lines = (f"{line}\n" for _, line in read_lines(path))
+    reader = csv.reader(lines, strict=True, delimiter=divider)
     names: list[str] | None = None
     while True:
+        at = f"{path}:{reader.line_num + 1}"  # where the row begins; a cell may hold line feeds
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{at}: is not CSV ({error})") from None
+            why = "a quote that opens in this row is not closed, or stands inside a cell"
+            raise DataError(f"{at}: is not CSV ({error}): {why}") from None
         if cells is None:
             return
         if names is None:
@@ -139,15 +126,29 @@ def read_csv(path: Path, *, needs: Sequence[str]) -> Iterator[Row]:
             _check_header(path, names, needs)
         elif len(cells) == len(names):
             yield Row(at, dict(zip(names, cells, strict=True)))
-        elif cells:
+        elif "".join(cells).strip():
             raise DataError(
                 f"{at}: {len(cells)} columns instead of {len(names)} ({', '.join(names)}); a cell"
                 f" with a {divider!r} or a quote in it stands in quotes"
             )
 
 
+def _first_line(path: Path) -> str:
+    """Returns the line that names the columns; DataError where it does not."""
+    line = next((line for _, line in read_lines(path)), None)
+    if line is None:
+        raise DataError(f"{path}: is empty")
+    if "\r" in line:
+        raise DataError(
+            f"{path}:1: lines end in a carriage return alone; convert them to line feeds"
+        )
+    if not line.strip():
+        raise DataError(f"{path}:1: is empty, where the names of the columns belong")
+    return line
+
+
 def _check_header(path: Path, names: Sequence[str], needs: Sequence[str]) -> None:
-    """Raises DataError where a column that must be there is not, or is there twice."""
+    """Raises DataError where a column that must be there is not, or one is there twice."""
     missing = [name for name in needs if name not in names]
     if missing:
         raise DataError(
@@ -155,7 +156,7 @@ def _check_header(path: Path, names: Sequence[str], needs: Sequence[str]) -> Non
             f" {', '.join(f'{name!r:.60}' for name in names)}: the first line names no columns, or"
             " the file belongs to another task or split"
         )
-    twice = [name for name in needs if names.count(name) > 1]
+    twice = [name for name in names if name and names.count(name) > 1]
     if twice:
         raise DataError(f"{path}:1: column {twice[0]!r} occurs twice; remove or rename one")
 

@@ -21,6 +21,7 @@ from minilm_jax.tasks.files import read_csv, read_jsonl, read_tsv
 from minilm_jax.tasks.squad import answer_to_learn, gold_answers, read_squad
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_COLUMNS = ("text", "label", "text_pair", "id", "language")
 # A cell that CSV writers put in quotes because it holds some, which they double.
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 
@@ -49,6 +50,7 @@ def read_texts(
                 f"{origin}: label {json.dumps(said):.60} is a {type(said).__name__};"
                 " expected one class name"
             )
+        said = json.dumps(said) if isinstance(said, bool) else said
         _check_cell("label", said, origin)
         if str(said) != str(said).strip():
             raise DataError(f"{origin}: label {said!r} begins or ends with a space; remove it")
@@ -67,7 +69,8 @@ def read_scores(file: Path, *, hidden: bool = False, language: str = "") -> list
 
     def score(said: Any, origin: str) -> float:
         try:
-            value = math.nan if isinstance(said, bool | list | dict) else float(said)
+            number = isinstance(said, int | float) or _NUMBER.fullmatch(str(said).strip())
+            value = float(said) if number and not isinstance(said, bool) else math.nan
         except (ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
@@ -89,6 +92,8 @@ def _read_texts(
             raise DataError(f"{origin}: label is missing; give each text one")
         pair, name = row.get("text_pair"), _given(row, "id", number)
         _check_cell("id", name, origin)
+        if not _text(row, "text", origin).strip():
+            raise DataError(f"{origin}: the text is empty; write one or remove the row")
         found.append(
             TextExample(
                 id=str(name),
@@ -192,6 +197,15 @@ def read_questions(
 
 
 def _records(file: Path, *, hidden: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, (origin, row) in enumerate(_rows(file, hidden=hidden)):
+        for key in row if number == 0 else ():
+            meant = key.strip().casefold()
+            if key != meant and meant in _COLUMNS and meant not in row:
+                raise DataError(f"{origin}: there is {key!r}; the name is {meant!r}")
+        yield origin, row
+
+
+def _rows(file: Path, *, hidden: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     needs = ("text",) if hidden else ("text", "label")
     match file.suffix:
         case ".jsonl":

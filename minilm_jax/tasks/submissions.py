@@ -51,8 +51,9 @@ def _own_table(examples: Sequence[TextExample], predicted: Sequence[str | float]
     known = examples[0].label is not None  # of all or of none
     rows = ["id\tprediction\tlabel" if known else "id\tprediction"]
     for example, found in zip(examples, predicted, strict=True):
-        values = (found, example.label) if known else (found,)
-        cells = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]
+        cells = [f"{found:.6g}" if isinstance(found, float) else found]
+        if known:
+            cells.append(str(example.label))
         rows.append("\t".join((example.id, *cells)))
     return "\n".join(rows) + "\n"
 

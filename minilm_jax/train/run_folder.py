@@ -29,6 +29,10 @@ FREE = (
 )
 """Settings that a resumed run may change unasked: they decide memory, speed and what is kept, and,
 like the number of devices, no result beyond rounding."""
+NOT_COMPARED = (
+    *("output", "override", "train.hosts", "train.devices", "train.trackers", "train.profile"),
+)
+"""Settings that are no part of what a run is."""
 MOVABLE = ("teacher.source", "model", "data")
 """Settings that say where something lies; what it is the fingerprints say."""
 log = logging.getLogger(__name__)
@@ -80,8 +84,21 @@ def open_run(
         yield
 
 
-def check_run(folder: Path, config: Mapping[str, Any], *, override: tuple[str, ...] = ()) -> None:
-    """Raises ConfigError where `open_run` would refuse what lies there; writes nothing."""
+def check_run(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    override: tuple[str, ...] = (),
+    unknown: tuple[str, ...] = (),
+) -> None:
+    """Raises ConfigError where `open_run` would refuse what lies there; writes nothing.
+
+    Args:
+      folder: where the run writes.
+      config: the resolved config, as far as it is known.
+      override: dotted names whose change is accepted.
+      unknown: dotted names of what is not known yet.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file, not a folder")
     # A model's folder has a config.json, too. Every run leaves its lock.
@@ -91,7 +108,7 @@ def check_run(folder: Path, config: Mapping[str, Any], *, override: tuple[str, .
             f"output {folder} is not empty and is not a run of minilm-jax; choose another --output"
         )
     _check_names(folder, config, override)
-    _compare(folder / CONFIG, config, override=override)
+    _compare(folder / CONFIG, config, override=override, unknown=unknown)
 
 
 def _check_names(folder: Path, config: Mapping[str, Any], override: tuple[str, ...]) -> None:
@@ -101,7 +118,7 @@ def _check_names(folder: Path, config: Mapping[str, Any], override: tuple[str, .
     records = [read_json(folder / name) for name in (CONFIG, DATA) if (folder / name).exists()]
     known = set().union(*map(dotted_names, (config, *records)))
     for name in override:
-        if name not in known:
+        if name not in known and not _covers(NOT_COMPARED, name):
             close = get_close_matches(name, known, n=1)
             raise ConfigError(
                 f"override {name} is no setting of this run"
@@ -148,10 +165,16 @@ def settle(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...] = 
     write_json(path, value)
 
 
-def _compare(path: Path, value: Mapping[str, Any], *, override: tuple[str, ...]) -> None:
+def _compare(
+    path: Path,
+    value: Mapping[str, Any],
+    *,
+    override: tuple[str, ...],
+    unknown: tuple[str, ...] = (),
+) -> None:
     found = dict(_changes(path, value))
     same = "fingerprints" in value and not any(_covers(("fingerprints",), n) for n in found)
-    allowed = (*override, *FREE, *(MOVABLE if same else ()))
+    allowed = (*override, *unknown, *FREE, *(MOVABLE if same else ()))
     changed = [line for name, line in found.items() if not _covers(allowed, name)]
     if not changed:
         return

@@ -474,7 +474,15 @@ def test_export_is_free_in_batch_and_length(good, tmp_path):
         mean = np.asarray(last)[row][kept[row]].mean(0)
         np.testing.assert_allclose(embedding, mean / np.linalg.norm(mean), atol=1e-5)
     assert (tmp_path / "sentences/vocab.txt").read_text() == "[PAD]\n"
-    assert "embedding" in (tmp_path / "sentences/README.md").read_text()
+    readme = (tmp_path / "sentences/README.md").read_text()
+    assert "embedding" in readme and '"max_length": 12}' in readme and "lower()" not in readme
+    other = dataclasses.replace(sentence, lower_case=True, include_prompt=False)
+    write_export(
+        dataclasses.replace(good, sentence=other), tmp_path / "other", tokenizer_files=(vocabulary,)
+    )
+    readme = (tmp_path / "other/README.md").read_text()
+    assert "tokenizer([text.lower() for text in texts], **settings" in readme
+    assert "leaves those of a prompt out" in readme
     (tmp_path / "export" / "model.jaxexport").write_bytes(b"not a function")
     with pytest.raises(CheckpointError, match="is no exported function"):
         load_export(tmp_path / "export")
@@ -484,17 +492,27 @@ def test_a_cards_licence_travels_along(good, tmp_path):
     write_model(good, tmp_path / "first")
     head = "license: mit\nlanguage:\n- en\n- de\ntags:\n  - bert\n"
     card = tmp_path / "first/README.md"
-    card.write_text(f"---\nwidget: [a]\n{head}library_name: x\nmodel-index:\n- a: 1\n---\n# Mine\n")
+    card.write_text(
+        f"---\nwidget: [a]\n{head}model-index:\n- a: 1\nco2: 3\n# note\nlibrary_name: x\n---\n# A\n"
+    )
     write_model(read_model(tmp_path / "first"), tmp_path / "second")
     assert (
         (tmp_path / "second/README.md")
         .read_text()
         .startswith(f"---\nlibrary_name: transformers\n{head}---\n")
     )
-    # Weights that were trained since are not the licensed ones: the card says what they are.
-    trained = read_model(tmp_path / "first")
-    write_model(trained, tmp_path / "third", origin={"distilled from": "first"})
-    assert "license" not in (tmp_path / "third/README.md").read_text()
+    write_orbax(read_model(tmp_path / "first"), tmp_path / "orbax")
+    write_model(read_model(tmp_path / "orbax"), tmp_path / "back")
+    assert f"\n{head}---\n" in (tmp_path / "back/README.md").read_text()
+    # What was trained from them has their licence, and a card that says what it is.
+    trained, origin = read_model(tmp_path / "first"), {"task": "a | b", "steps": "3"}
+    write_model(trained, tmp_path / "third", origin=origin)
+    card = (tmp_path / "third/README.md").read_text()
+    assert "\nlicense: mit\nlanguage:\n- en\n- de\n---\n" in card and "| source |" not in card
+    write_model(read_model(tmp_path / "third"), tmp_path / "fourth")
+    card = (tmp_path / "fourth/README.md").read_text()
+    assert f"| source | {tmp_path}/third |" in card
+    assert "| task | a \\| b |\n| steps | 3 |\n| written by |" in card
 
 
 # Configurations

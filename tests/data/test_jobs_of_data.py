@@ -1,5 +1,6 @@
 """The three thin jobs over this room: prepare, inspect, tokenizer."""
 
+import shutil
 import subprocess
 import sys
 
@@ -36,6 +37,14 @@ def test_a_vocabulary_a_corpus_and_a_look_into_it(tmp_path, english):
     with pytest.raises(DataError, match=r"is missing or not what prepare wrote; copy it again"):
         prepare.run(preparing, say=again.append)
     shard.write_bytes(right)
+    own = tmp_path / "corpus/tokenizer"
+    kept = own.rename(tmp_path / "kept")
+    own.mkdir()
+    (own / "vocab.txt").write_text((kept / "vocab.txt").read_text() + "another\n")
+    with pytest.raises(DataError, match=r"tokenizer: is not the one that this corpus was made"):
+        prepare.run(preparing, say=again.append)
+    shutil.rmtree(own)
+    kept.rename(own)
     lines += first
     found = inspect.run(
         inspect.InspectConfig(corpus=tmp_path / "corpus", sequence_length=64, rows=2),

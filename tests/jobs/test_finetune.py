@@ -471,6 +471,20 @@ def test_a_run_belongs_to_all_of_its_data(bert, tmp_path):
             finetune.run(config, say=quiet)
         file.write_bytes(before)
     assert finetune.run(config, say=quiet) == result
+    # And to its model, wherever that lies: the same weights may be another model's.
+    elsewhere = shutil.copytree(bert, tmp_path / "elsewhere")
+    moved = dataclasses.replace(config, model=str(elsewhere))
+    assert finetune.run(moved, say=quiet) == result
+    vocabulary = elsewhere / "vocab.txt"
+    words = vocabulary.read_text().splitlines()
+    vocabulary.write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
+    with pytest.raises(ConfigError, match=r"fingerprints.tokenizer: "):
+        finetune.run(moved, say=quiet)
+    vocabulary.write_text("\n".join(words) + "\n")
+    stored = json.loads((elsewhere / "config.json").read_text())
+    (elsewhere / "config.json").write_text(json.dumps(stored | {"hidden_act": "relu"}))
+    with pytest.raises(ConfigError, match=r"fingerprints.model_config: "):
+        finetune.run(moved, say=quiet)
 
 
 def test_examples_become_rows_once_and_those_of_a_finished_run_never(
@@ -707,6 +721,11 @@ def test_own_scores(bert, tmp_path):
         evaluate.run(dataclasses.replace(scored, splits=("foo",)), say=quiet)
     figures = evaluate.run(dataclasses.replace(scored, splits=("test",)), say=quiet)
     assert [row.metric for row in figures] == ["pearson", "spearman"] and figures[0].value > 99
+    with pytest.raises(ConfigError, match=r"has learnt a number, which texts does not ask for"):
+        evaluate.run(dataclasses.replace(scored, task="texts", splits=("test",)), say=quiet)
+    short = dataclasses.replace(scored, lengths=LengthOptions(max_length=4), splits=("test",))
+    with pytest.raises(ConfigError, match=r"max_length=4 leaves no room for text"):
+        evaluate.run(short, say=quiet)
 
 
 def test_own_questions(bert, tmp_path):
@@ -826,9 +845,19 @@ def test_a_sweep_takes_nobodys_tables(official, bert, tmp_path):
     rows = read_rows(sweep.output / "results.csv")
     assert [row.seed for row in rows] == ["1", "2", "3", ""] and rows[-1] == added
     assert "| mine | rte |" in (sweep.output / "tables.md").read_text()
+    # Its folder may be scored again when another of its runs is the best.
+    whole = dataclasses.replace(mine, models=(str(sweep.output),), name="", output=tmp_path / "all")
+    record = json.loads((sweep.output / "sweep.json").read_text())
+    for run in sweep.output.glob("lr*"):
+        record["best"]["best_run"] = run.name
+        (sweep.output / "sweep.json").write_text(json.dumps(record))
+        (row,) = evaluate.run(whole, say=quiet)
+        assert row.model == str(run / "best")
     # The folder stands for its best model, wherever it lies; without its record for none.
     best = max((first, second), key=lambda result: result.selection)
     assert said[-1] == f"best model {best.model}"
+    record["best"]["best_run"] = Path(best.model).parent.name
+    (sweep.output / "sweep.json").write_text(json.dumps(record))
     moved = sweep.output.rename(tmp_path / "moved")
     model, _ = trained_model.load(str(moved))
     assert model.source == str(moved / Path(best.model).relative_to(sweep.output))
@@ -858,6 +887,8 @@ def test_a_model_is_not_scored_on_classes_it_does_not_name(official, bert, tmp_p
     finetune.run(make("rte", bert, official, tmp_path / "run"), say=quiet)
     with pytest.raises(ConfigError, match=r"calls its classes entailment, not_entailment; mnli"):
         score(tmp_path / "run", task="mnli")
+    with pytest.raises(ConfigError, match=r"has learnt 2 classes, which stsb does not ask for"):
+        score(tmp_path / "run", task="stsb")
     expected = score(tmp_path / "run")
     labels = ("entailment", "not_entailment")
     with pytest.raises(ConfigError, match=r"has them in another order, entailment, not_entail"):

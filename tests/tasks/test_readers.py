@@ -441,24 +441,29 @@ def test_own_files_to_predict_need_no_label(tmp_path):
 def test_own_scores_are_numbers(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": -0.5}\n{"text": "b", "label": "3"}\n')
     assert [e.label for e in read_scores(tmp_path / "a.jsonl")] == [-0.5, 3.0]
-    for wrong in ('"good"', "true", "[1]", "Infinity", '"1,5"', "1" + "0" * 400):
+    for wrong in ('"good"', "true", "[1]", "Infinity", '"1,5"', "1" + "0" * 400, '"1_000"'):
         (tmp_path / "b.jsonl").write_text(f'{{"text": "a", "label": {wrong}}}\n')
         with pytest.raises(DataError, match=r"b.jsonl:1: label .* is no number; classes are"):
             read_scores(tmp_path / "b.jsonl")
     # Taken for classes they would be learnt as unrelated names.
     with pytest.raises(DataError, match=r"labels are numbers \(-0.5, 3\).*; task scores learns"):
         label_names(read_texts(tmp_path / "a.jsonl"), name="the training set")
+    hidden = write_tsv(tmp_path / "h.tsv", ("text", "Label"), ("win", "x"))
+    with pytest.raises(DataError, match=r"there is 'Label'; the name is 'label'"):
+        read_texts(hidden, hidden=True)
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "label": true}\n{"text": "b", "label": "x"}\n')
+    assert [e.label for e in read_texts(tmp_path / "t.jsonl")] == ["true", "x"]
     stars = write_tsv(tmp_path / "c.tsv", ("text", "label"), ("win", "1"), ("hi", "5"))
     assert label_names(read_texts(stars), name="c") == ("1", "5")
 
 
 def test_own_csv_is_quoted_as_spreadsheets_do(tmp_path):
-    texts = ('He said "hi", twice.', "two\nlines", "plain", "", "naïve, über\u2028")
+    texts = ('He said "hi", twice.', "two\nlines", "plain", "naïve, über\u2028")
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([("label", "text"), *(("x", text) for text in texts)])
     found = read_texts(tmp_path / "a.csv")
     assert [e.text for e in found] == list(texts)
-    assert [e.origin.rpartition(":")[2] for e in found] == ["2", "4", "5", "6", "7"]
+    assert [e.origin.rpartition(":")[2] for e in found] == ["2", "3", "5", "6"]
     long = "word " * 50_000
     (tmp_path / "a.csv").write_text(f'label;text\nx;"{long}"\ny;"1,5; or 2"\n')
     assert [e.text for e in read_texts(tmp_path / "a.csv")] == [long, "1,5; or 2"]
@@ -468,7 +473,13 @@ def test_own_csv_is_quoted_as_spreadsheets_do(tmp_path):
             r"a.csv:2: 3 columns instead of 2 \(text, label\); a cell with a ','",
         ),
         ('text,label\n"win" or,x\n', r"a.csv:2: is not CSV \("),
-        ('text,label\n"win,x\n', r"a.csv:2: is not CSV \("),
+        ('text,label\n"win,x\nhi,y\n', r"a.csv:2: is not CSV \(.*a quote that opens in this row"),
+        ("text,label\n,x\n", r"a.csv:2: the text is empty; write one or remove the row"),
+        ("text,label,id,id\nwin,x,1,2\n", r"a.csv:1: column 'id' occurs twice"),
+        ("text,Label\nwin,x\n", r"no column 'label'"),
+        ("text,label,Text_Pair \nwin,x,y\n", r"there is 'Text_Pair '; the name is 'text_pair'"),
+        ("text,label\rwin,x\r", r"a.csv:1: lines end in a carriage return alone"),
+        ("\ufeff\ntext,label\n", r"a.csv:1: is empty, where the names of the columns belong"),
         ("win,x\nhi,y\n", r"a.csv:1: no column 'text', 'label'; it has 'win', 'x': the first line"),
         ("", r"a.csv: is empty"),
     ]:
