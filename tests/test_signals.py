@@ -68,6 +68,8 @@ def test_an_interrupt_before_the_job_has_begun_ends_the_process_at_once(command,
         [sys.executable, "-m", "minilm_jax", command, str(experiment)],
         capture_output=True,
         text=True,
+        # A shell has what it starts in the background ignore SIGINT, these tests too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.returncode == -signal.SIGINT
     assert (done.stdout, done.stderr) == ("", "")
