@@ -262,6 +262,8 @@ class _Run:
                 evaluate=look,
             )
             taken = int(state.step)
+            if taken > config.train.steps:
+                self.say(f"the run had already taken {taken:,} steps, and stays there")
             if config.train.export == "best":
                 step, state = checkpoints.restore_best(state, devices.shardings(state))
                 self.say(f"the student is that of step {step}: the lowest held-out loss")

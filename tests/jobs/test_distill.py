@@ -332,10 +332,11 @@ def test_a_resumed_run_may_be_divided_otherwise(config):
     # What had gone further is exported as far as it went.
     (moved / "result.json").unlink()
     fewer = dataclasses.replace(train, steps=4)
-    result, _ = run(
+    result, said = run(
         dataclasses.replace(config, output=moved, train=fewer, override=("train.steps",))
     )
     assert result.steps == 8
+    assert "had already taken 8 steps" in said
 
 
 @pytest.mark.parametrize(
