@@ -64,12 +64,14 @@ def test_errors_without_a_signal_stay_what_they_are():
 def test_an_interrupt_before_the_job_has_begun_ends_the_process_at_once(command, tmp_path):
     experiment = tmp_path / "mine.py"
     experiment.write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "minilm_jax", command, str(experiment)],
-        capture_output=True,
-        text=True,
-        # A shell has what it starts in the background ignore SIGINT, these tests too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    # A shell has what it starts in the background ignore SIGINT, these tests too.
+    program = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from minilm_jax.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
+    arguments = [sys.executable, "-c", program, command, str(experiment)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT
     assert (done.stdout, done.stderr) == ("", "")
