@@ -49,14 +49,14 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 settings = {{"padding": True, "truncation": True, "max_length": {length}}}
-batch = tokenizer(texts{lower}, **settings, return_tensors="np")
+batch = tokenizer({texts}, **settings, return_tensors="np")
 inputs = {{"input_ids": batch["input_ids"], "segments": batch["attention_mask"]}}{types}
 inputs = {{name: x.astype(np.int32) for name, x in inputs.items()}}
 ```
 """
 _PROMPT = """
-`embedding` pools every token. This model leaves those of a prompt out: set their `segments` to 0
-for the pooling alone, which this function cannot do; pool `hidden_{last}` yourself then.
+`embedding` pools every token. This model leaves those of a prompt out: where texts have one, pool
+`hidden_{last}` yourself.
 """
 
 
@@ -129,12 +129,13 @@ def write_export(
 def _tokenizing(model: Model) -> str:
     """Returns how texts become inputs, as the model's own files say."""
     sentence, config = model.sentence, model.config
+    lower = sentence is not None and sentence.lower_case
     types = '\ninputs["token_type_ids"] = batch["token_type_ids"]'
     said = _TOKENIZER.format(
-        lower="" if sentence is None or not sentence.lower_case else ".lower()",
+        texts="[text.lower() for text in texts]" if lower else "texts",
         length=config.max_length if sentence is None else sentence.max_length,
-        types=types if config.type_vocab_size > 1 else "",
-    ).replace("texts.lower()", "[text.lower() for text in texts]")
+        types=types if "token_type_ids" in input_names(model) else "",
+    )
     if sentence is not None and not sentence.include_prompt:
         said += _PROMPT.format(last=config.num_hidden_layers)
     return said

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from minilm_jax.data.batches import BatchConfig, Batches, Layout
-from minilm_jax.data.corpus import Corpus, Split, Verify
+from minilm_jax.data.corpus import Corpus, Split, Verify, read_manifest
 from minilm_jax.data.tokenizers import load_tokenizer
 from minilm_jax.errors import DataError
 
@@ -41,6 +42,23 @@ class LanguageCount:
 
     documents: int
     tokens: int
+
+
+def check_corpus(folder: str | Path) -> None:
+    """Reads all of a corpus; its tokenizer must be the one it was made with.
+
+    Raises:
+        DataError: The corpus is unfinished, or something in it is damaged or was exchanged.
+    """
+    manifest, own = read_manifest(folder), Path(folder) / "tokenizer"
+    for split in get_args(Split):
+        if manifest.splits.get(split):
+            Corpus.open(folder, split=split, verify="hashes")
+    if load_tokenizer(own).fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"{own}: is not the one that this corpus was made with; copy it again, or give a new"
+            " folder"
+        )
 
 
 def inspect_corpus(

@@ -5,13 +5,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from minilm_jax.data.corpus import MANIFEST, Corpus, Manifest, Split
+from minilm_jax.data.corpus import MANIFEST, Manifest
+from minilm_jax.data.inspection import check_corpus
 from minilm_jax.data.prepare import SPLITS, Progress, prepare
 from minilm_jax.data.sources import TextSource
-from minilm_jax.data.tokenizers import load_tokenizer
-from minilm_jax.errors import DataError
 from minilm_jax.settings import Count, Positive, Rate, Settings, check
 from minilm_jax.signals import stoppable
 
@@ -51,16 +49,7 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
             progress=bar.show if bar else None,
         )
         if finished:
-            for split in get_args(Split):
-                if manifest.splits.get(split):
-                    Corpus.open(config.output, split=split, verify="hashes")
-            if load_tokenizer(config.output / "tokenizer").fingerprint != (
-                manifest.tokenizer_fingerprint
-            ):
-                raise DataError(
-                    f"{config.output / 'tokenizer'}: is not the one that this corpus was made with;"
-                    " copy it again, or give a new folder"
-                )
+            check_corpus(config.output)
             say(f"{config.output} is finished and undamaged; nothing to do.")
     for split in SPLITS:
         if shards := manifest.splits.get(split):
