@@ -33,6 +33,7 @@ _ORDER = 1
 # Rows (or bucketed batches) in which a mixture keeps its weights exactly.
 _BLOCK = 1 << 16
 _SPECIALS = 2
+_NO_LANGUAGE = "no language"
 _Length = Annotated[int, at_least(_SPECIALS + 1)]
 
 
@@ -155,15 +156,22 @@ class Batches:
                 chosen.append(plan.rows(plan.order[places[mine]], inside[mine], to=mine))
         return self._fill(chosen, wanted)
 
-    def evaluation_batches(self, *, rows: slice | None = None) -> Iterator[Batch]:
-        """Yields every document of the corpora exactly once, whatever the mixture.
+    def evaluation_batches(
+        self, *, documents: np.ndarray | None = None, rows: slice | None = None
+    ) -> Iterator[Batch]:
+        """Yields every document of the corpora, or of a part, exactly once, whatever the mixture.
 
         The order depends on nothing but the corpora and the shape, and is shuffled: the first
         batches are a fair sample, short documents and long. Where the rows do not fill the
         batches, one of them, the last without buckets, ends with empty rows (segments all 0).
+
+        Args:
+            documents: One of `parts`; None for all.
+            rows: As of `at`.
         """
-        everything = np.arange(len(self._lengths))
-        stream = _Stream(everything, self._lengths, self.config, seed=0, number=0)
+        if documents is None:
+            documents = np.arange(len(self._lengths))
+        stream = _Stream(documents, self._lengths, self.config, seed=0, number=0)
         plan = stream.plan(0)
         size = self.config.batch_size
         wanted = np.arange(size)[slice(None) if rows is None else rows]
@@ -175,6 +183,24 @@ class Batches:
             mine = np.flatnonzero(places < stream.units)
             units = plan.order[places[mine]]
             yield self._fill([plan.rows(units, inside[mine], to=mine)], wanted)
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """Returns the documents of each corpus and of each language, where there are several.
+
+        A language that is all of a corpus stands there once, by the corpus's folder.
+        """
+        everything = np.arange(len(self._lengths))
+        parts = {}
+        if len(self._corpora) > 1:
+            split = np.split(everything, self._first_document[1:-1])
+            parts = {str(c.folder): part for c, part in zip(self._corpora, split, strict=True)}
+        if len(self._codes) > 1:
+            languages = self._document_languages()
+            for number, code in enumerate(self._codes):
+                spoken = np.flatnonzero(languages == number)
+                if not any(np.array_equal(spoken, part) for part in parts.values()):
+                    parts[code or _NO_LANGUAGE] = spoken
+        return parts
 
     # What a run is compared by
 
@@ -251,7 +277,7 @@ class Batches:
             members = [documents[languages[documents] == code] for code in present]
             sizes = np.asarray([self._lengths[m].sum() for m in members], np.float64) ** exponent
             for code, member, size in zip(present, members, sizes / sizes.sum(), strict=True):
-                label = f"{name} {self._codes[code] or 'no language'}".strip()
+                label = f"{name} {self._codes[code] or _NO_LANGUAGE}".strip()
                 groups.append(_Group(label, member, weight * float(size)))
         return groups
 

@@ -56,7 +56,8 @@ class TextConfig(Settings, name="text"):
     text one at least. Prepared corpora have the share that they were made
     with."""
     evaluate_batches: Positive = 16
-    """Held-out batches the loss is measured on, at most."""
+    """Held-out batches the loss is measured on, at most. At the end all corpora
+    and languages share as many, and each has one at least."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,7 +146,7 @@ class DistillResult:
     """Of the start that finished the run."""
     heldout: dict[str, float]
     """Held-out loss of the student before and after, and of the reference points; after on each
-    corpus by itself, where there are several."""
+    corpus and each language by itself, where there are several."""
 
 
 def check_settings(config: DistillConfig, teacher: EncoderConfig) -> EncoderConfig:

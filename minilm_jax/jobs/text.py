@@ -25,8 +25,6 @@ class Splits:
 
     train: Batches
     heldout: Batches
-    heldout_of: dict[str, Batches]
-    """That of each corpus by itself, by its folder; empty where there is but one."""
     lines: tuple[str, ...]
     """What is in them, and what was left out when they were made."""
 
@@ -83,13 +81,7 @@ def open_splits(config: DistillConfig, folders: Sequence[Path], tokenizer: Token
     for corpus in corpora:  # of the last split; what was left out is of both
         skipped.update(corpus.manifest.skipped)
     lines += [f"skipped  {count:,} {reason}" for reason, count in sorted(skipped.items())]
-    settings = dataclasses.replace(config.batch, weights=())
-    heldout_of = {
-        str(corpus.folder): Batches([corpus], settings, seed=config.train.seed, tokenizer=tokenizer)
-        for corpus in corpora
-        if len(corpora) > 1
-    }
-    return Splits(**made, heldout_of=heldout_of, lines=tuple(lines))
+    return Splits(**made, lines=tuple(lines))
 
 
 def _mixture(train: Batches, corpora: Sequence[Corpus], *, steps: int) -> list[str]:

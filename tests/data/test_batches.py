@@ -226,6 +226,35 @@ def test_evaluation_reads_every_document_once_and_pads_with_empty_rows(make_corp
         same(whole, {k: np.concatenate([left[k], right[k]]) for k in whole})
 
 
+def test_an_evaluation_reads_a_part_alone(make_corpus, toy):
+    mixed = make_corpus("a", LENGTHS, languages=["en", ""] * 34 + ["de"])
+    german = make_corpus("b", [40] * 3, first=99, languages=["de"] * 3)
+    config = BatchConfig(batch_size=8, sequence_length=32)
+
+    def parts(*corpora):
+        batches = Batches(corpora, config, seed=0, tokenizer=toy)
+        return {
+            name: Counter(
+                chain(*(pieces_of(b, toy) for b in batches.evaluation_batches(documents=part)))
+            )
+            for name, part in batches.parts().items()
+        }
+
+    found = parts(mixed, german)
+    whole = expected_pieces([mixed, german], 30)
+    assert list(found) == [str(mixed.folder), str(german.folder), "no language", "de", "en"]
+    assert found[str(german.folder)] == expected_pieces([german], 30)
+    assert found[str(mixed.folder)] + found[str(german.folder)] == whole
+    assert found["no language"] + found["de"] + found["en"] == whole
+    assert found["de"] == expected_pieces([german], 30) + Counter(
+        (*mixed.document(68)[i : i + 30],) for i in range(0, LENGTHS[68], 30)
+    )
+    assert not parts(german)
+    # A language that is a corpus is told once.
+    english = make_corpus("c", [12] * 4, languages=["en"] * 4)
+    assert list(parts(german, english)) == [str(german.folder), str(english.folder)]
+
+
 @pytest.mark.parametrize("shape", [{}, {"layout": "padded", "buckets": (8, 32)}])
 def test_the_first_batches_of_an_evaluation_are_a_sample_of_all(make_corpus, toy, shape):
     """Rows are laid out by length; a measurement on the first of them must not be."""

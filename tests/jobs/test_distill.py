@@ -472,8 +472,22 @@ def test_what_a_mixture_is_made_of_is_told(config, tiny_teacher, tmp_path):
     assert min(parts.values()) < result.heldout["after"] < max(parts.values())
     assert all(f"{value:.4f}  {name}" in summary for name, value in parts.items())
     alone = open_splits(config, (tmp_path / "a",), tokenizer)
-    assert not alone.heldout_of
+    assert not alone.heldout.parts()
     assert f"{config.train.steps} steps read all of it " in alone.lines[1]
+
+
+def test_the_loss_on_each_language_of_a_text_is_told(config, text_file, tmp_path):
+    spoken = tmp_path / "spoken.jsonl"
+    with spoken.open("w") as file:
+        for number, text in enumerate(text_file.read_text().split("\n\n")):
+            file.write(json.dumps({"text": text, "language": "fr" if number % 3 else "sw"}) + "\n")
+    source = TextSource(paths=(str(spoken),), language_from="column")
+    text = TextConfig(source=source, heldout=0.2)  # few enough to be read whole
+    result, summary = run(dataclasses.replace(config, text=text, train=TrainConfig(steps=3)))
+    parts = {name: value for name, value in result.heldout.items() if "," in name}
+    assert set(parts) == {"after, fr", "after, sw"}
+    assert min(parts.values()) < result.heldout["after"] < max(parts.values())
+    assert all(f"{value:.4f}  {name}" in summary for name, value in parts.items())
 
 
 def test_a_wrong_checksum_is_refused_before_loading(config, tiny_teacher):
