@@ -50,7 +50,10 @@ def read_texts(
                 f"{origin}: label {json.dumps(said):.60} is a {type(said).__name__};"
                 " expected one class name"
             )
-        said = json.dumps(said) if isinstance(said, bool) else said
+        if isinstance(said, bool):
+            said = json.dumps(said)
+        if isinstance(said, float) and said.is_integer():
+            said = int(said)  # pandas makes 1 a 1.0 where a row has no label
         _check_cell("label", said, origin)
         if str(said) != str(said).strip():
             raise DataError(f"{origin}: label {said!r} begins or ends with a space; remove it")

@@ -453,6 +453,8 @@ def test_own_scores_are_numbers(tmp_path):
         read_texts(hidden, hidden=True)
     (tmp_path / "t.jsonl").write_text('{"text": "a", "label": true}\n{"text": "b", "label": "x"}\n')
     assert [e.label for e in read_texts(tmp_path / "t.jsonl")] == ["true", "x"]
+    (tmp_path / "n.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 1.0}\n')
+    assert [e.label for e in read_texts(tmp_path / "n.jsonl")] == ["1", "1"]
     stars = write_tsv(tmp_path / "c.tsv", ("text", "label"), ("win", "1"), ("hi", "5"))
     assert label_names(read_texts(stars), name="c") == ("1", "5")
 
