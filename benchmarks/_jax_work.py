@@ -1,6 +1,6 @@
 """This library's side of the benchmarks, made of the same functions as its jobs."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from minilm_jax.jobs.teacher import needed_params
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from minilm_jax.train.reach import unreached
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import LossFunction, make_evaluation, make_given, make_step
 
@@ -76,7 +77,6 @@ def distillation_step(
         needed_params(teacher, objective),
         batches or [full_batch(setting)],
         setting,
-        undecayed=objective.unreached(student.config),
         devices=devices,
     )
     return work if checked else work._replace(check=None)
@@ -124,11 +124,12 @@ def _training(
     batches: Sequence[Batch],
     setting: Setting,
     *,
-    undecayed: Collection[tuple[str, ...]] = (),
     devices: Devices | None = None,
 ) -> Work:
     devices = devices or Devices(devices=jax.devices()[:1])
-    optimizer = make_optimizer(OptimizerConfig(), undecayed=undecayed)
+    start = {"encoder": student.params["encoder"]}
+    untouched = unreached(loss, start, frozen, batches[0])
+    optimizer = make_optimizer(OptimizerConfig(), unreached=untouched)
     step = devices.lift_step(make_step(loss, optimizer))
     evaluate = devices.lift_evaluation(make_evaluation(loss))
     schedule = make_schedule(OptimizerConfig(), steps=STEPS)
@@ -137,7 +138,7 @@ def _training(
     placed = [
         devices.place_batch({name: x[rows] for name, x in batch.items()}) for batch in batches
     ]
-    state = devices.place(create_state({"encoder": student.params["encoder"]}, optimizer))
+    state = devices.place(create_state(start, optimizer))
     check = float(evaluate(state.params, given.frozen, placed[0]).value())
 
     def run() -> None:

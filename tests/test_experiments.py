@@ -80,7 +80,7 @@ def trace(config):
     shape, objective = config.teacher.shape, config.objective
     student = student_encoder_config(config.student, shape)
     objective.check(shape, student)
-    optimizer = make_optimizer(config.optimizer, undecayed=objective.unreached(student))
+    optimizer = make_optimizer(config.optimizer)
     make_schedule(config.optimizer, steps=config.train.steps)
 
     def start(frozen):

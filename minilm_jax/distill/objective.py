@@ -19,8 +19,6 @@ _ENGINES_NAMES = frozenset(
 Params = Mapping[str, Any]
 """By module: `{"encoder": …}`, and heads or projections beside it."""
 Batch = Mapping[str, Array]
-ParamPath = tuple[str, ...]
-"""The names on the way to a parameter, or to a module of them: `("encoder", "layer_0", "ffn")`."""
 LossFunction = Callable[[Params, Params, Batch, Array | None], Loss]
 """loss(student params, teacher params, batch, key) of a part of a batch; key None: no dropout."""
 
@@ -40,10 +38,6 @@ class Objective(Settings, name="objective"):
 
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
         """Raises ConfigError where the two do not fit the objective."""
-
-    def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
-        """Returns path prefixes of the student's parameters that get no gradient."""
-        return ()
 
     def teacher_layers(self, teacher: EncoderConfig) -> int:
         """Returns how many of the teacher's layers are run; the others are never loaded."""

@@ -16,7 +16,6 @@ from minilm_jax.distill.objective import (
     Batch,
     LossFunction,
     Objective,
-    ParamPath,
     Params,
     batch_counts,
 )
@@ -141,22 +140,6 @@ class RelationObjective(Objective):
     def for_flop_count(self) -> "RelationObjective":
         """Returns the loss with its relations materialised: blocks go as far as rows are long."""
         return dataclasses.replace(self, implementation="reference")
-
-    def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
-        """Returns what lies behind the last distilled layer's projections.
-
-        Its attention output, its feed-forward, both norms, and every layer above.
-        """
-        last = max((layer for _, layer in self.layers), default=student.num_hidden_layers)
-        used = {letter for relation, _ in self.relations for letter in relation}
-        used |= {"v"} if self.value_mse else set()
-        names = {"q": "query", "k": "key", "v": "value"}
-        block = ("encoder", f"layer_{last - 1}")
-        behind: list[ParamPath] = [(*block, "attention", "output")]
-        behind += [(*block, part) for part in ("attention_norm", "ffn", "ffn_norm")]
-        behind += [(*block, "attention", names[letter]) for letter in "qkv" if letter not in used]
-        behind += [("encoder", f"layer_{i}") for i in range(last, student.num_hidden_layers)]
-        return tuple(behind)
 
     def teacher_layers(self, teacher: EncoderConfig) -> int:
         """Returns the highest teacher layer compared."""

@@ -10,7 +10,6 @@ from minilm_jax.distill.objective import (
     Batch,
     LossFunction,
     Objective,
-    ParamPath,
     Params,
     batch_counts,
 )
@@ -88,11 +87,6 @@ class TinyBertObjective(Objective):
             return Loss(terms=terms, metrics={}, counts=batch_counts(batch))
 
         return loss
-
-    def unreached(self, student: EncoderConfig) -> tuple[ParamPath, ...]:
-        """Returns the layers above the last one compared."""
-        last = max((layer for _, layer in self.layers), default=student.num_hidden_layers)
-        return tuple(("encoder", f"layer_{i}") for i in range(last, student.num_hidden_layers))
 
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
         """Returns the projection of width, [D student, D teacher]."""

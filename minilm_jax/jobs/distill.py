@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 import shlex
 import time
 from collections.abc import Callable
@@ -27,9 +26,9 @@ from minilm_jax.jobs.distill_step import (
     exported_params,
     initial_params,
     make_loss,
-    make_run_optimizer,
     model_flops,
     run_given,
+    unreached_params,
 )
 from minilm_jax.jobs.running import (
     SAVES_MEMORY,
@@ -56,7 +55,7 @@ from minilm_jax.train.hardware import memory_explained
 from minilm_jax.train.hosts import fail_together, writes
 from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
-from minilm_jax.train.optimizer import evaluated_params
+from minilm_jax.train.optimizer import ParamPath, evaluated_params, make_optimizer
 from minilm_jax.train.run_folder import DATA, METRICS, RESULT, STUDENT, check_run, read_json, settle
 from minilm_jax.train.state import TrainState, create_state
 from minilm_jax.train.step import make_evaluation
@@ -107,6 +106,11 @@ class _Run:
     began: float
     """Of `time.monotonic`."""
     say: Callable[[str], None]
+
+    @functools.cached_property
+    def unreached(self) -> frozenset[ParamPath]:
+        """What the loss does not depend on, which stays as it starts."""
+        return unreached_params(self.config, self.teacher)
 
     def finish(self) -> DistillResult:
         """Returns the result, computed or read."""
@@ -180,9 +184,33 @@ class _Run:
             folder=self.teacher.folder,
         )
         if writes():
-            teacher = self.teacher.fingerprint
-            origin = _origin(self.config, student, steps=steps, figures=figures, teacher=teacher)
+            origin = self._origin(student, steps=steps, figures=figures)
             write_model(student, folder, tokenizer_files=tokenizer.files, origin=origin)
+
+    def _origin(self, student: Model, *, steps: int, figures: dict[str, float]) -> dict[str, str]:
+        """Returns how the student came about, for its model card."""
+        config = self.config
+        source, corpora = config.text.source, read_json(config.output / DATA)["corpora"]
+        names = config.text.corpora if source is None else source.paths or (source.format,)
+        sizes = {unit: sum(corpus[unit] for corpus in corpora) for unit in ("documents", "tokens")}
+        weights = ", ".join(f"{weight:g}" for weight in config.batch.weights)
+        params = flatten(student.params)
+        count = sum(params[name].size for name in map("/".join, self.unreached) if name in params)
+        aside = f"{count:,} parameters"
+        last = ("encoder", f"layer_{student.config.num_hidden_layers - 1}")
+        if any(path[:2] == last for path in self.unreached):
+            aside += ", the last block's output among them: fine-tune before using it"
+        return {
+            "distilled from": config.teacher.source,
+            "SHA-256 of the teacher's weights": self.teacher.fingerprint,
+            "objective": f"`{config.objective}`",
+            "text": f"{', '.join(map(str, names))}: {sizes['documents']:,} documents, "
+            f"{sizes['tokens']:,} tokens{f', weighted {weights}' if weights else ''}",
+            "steps": f"{steps:,} of {config.batch.batch_size:,} × "
+            f"{config.batch.sequence_length} tokens",
+            "held-out loss": f"{figures['after']:.4f}, before training {figures['before']:.4f}",
+            **({"not reached by the objective": aside} if count else {}),
+        }
 
     def _train(self, goodput: Goodput) -> tuple[TrainState, int, dict[str, float], Tokenizer]:
         """Returns the state to export, the steps taken, the held-out figures, the tokenizer."""
@@ -230,7 +258,7 @@ class _Run:
             figures["copied"] = measure(dataclasses.replace(own, init="teacher"))
         goodput.lap("evaluation")
         described = _described(config, teacher.config, teacher.fingerprint)
-        optimizer = make_run_optimizer(config, teacher.config)
+        optimizer = make_optimizer(config.optimizer, unreached=self.unreached)
 
         def look(state: TrainState) -> Evaluation:
             loss = evaluate(evaluated_params(state, config.optimizer))
@@ -356,39 +384,6 @@ def _opening(
         f"student  {size(student)}, {config.student.init} start\n"
         f"devices  {describe_devices(devices)}{lift}"
     )
-
-
-def _origin(
-    config: DistillConfig,
-    student: Model,
-    *,
-    steps: int,
-    figures: dict[str, float],
-    teacher: str,
-) -> dict[str, str]:
-    """Returns how the student came about, for its model card."""
-    source, corpora = config.text.source, read_json(config.output / DATA)["corpora"]
-    names = config.text.corpora if source is None else source.paths or (source.format,)
-    sizes = {unit: sum(corpus[unit] for corpus in corpora) for unit in ("documents", "tokens")}
-    weights = ", ".join(f"{weight:g}" for weight in config.batch.weights)
-    unreached = config.objective.unreached(student.config)
-    count = sum(
-        math.prod(x.shape)
-        for path, x in flatten(student.params).items()
-        if any(path.startswith("/".join(whole) + "/") for whole in unreached)
-    )
-    aside = f"{count:,} parameters, the last block's output among them: fine-tune before using it"
-    return {
-        "distilled from": config.teacher.source,
-        "SHA-256 of the teacher's weights": teacher,
-        "objective": f"`{config.objective}`",
-        "text": f"{', '.join(map(str, names))}: {sizes['documents']:,} documents, "
-        f"{sizes['tokens']:,} tokens{f', weighted {weights}' if weights else ''}",
-        "steps": f"{steps:,} of {config.batch.batch_size:,} × "
-        f"{config.batch.sequence_length} tokens",
-        "held-out loss": f"{figures['after']:.4f}, before training {figures['before']:.4f}",
-        **({"not reached by the objective": aside} if count else {}),
-    }
 
 
 def _summarise(result: DistillResult, config: DistillConfig, say: Callable[[str], None]) -> None:

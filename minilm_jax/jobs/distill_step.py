@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from minilm_jax.convert.model import Model
 from minilm_jax.distill.objective import Batch, LossFunction, Params, check_loss
@@ -17,7 +16,8 @@ from minilm_jax.jobs.distill_config import DistillConfig
 from minilm_jax.jobs.teacher import needed_params
 from minilm_jax.reductions import Loss
 from minilm_jax.train.flops import gradient_flops
-from minilm_jax.train.optimizer import make_optimizer, make_schedule
+from minilm_jax.train.optimizer import ParamPath, make_schedule
+from minilm_jax.train.reach import unreached
 from minilm_jax.train.step import Given, make_given
 
 EXPORTED_HEADS = ("mlm",)
@@ -40,12 +40,15 @@ def make_loss(config: DistillConfig, teacher: EncoderConfig) -> LossFunction:
     return checked
 
 
-def make_run_optimizer(
-    config: DistillConfig, teacher: EncoderConfig
-) -> optax.GradientTransformationExtraArgs:
-    """Returns the run's optimizer, without decay of what its loss does not reach."""
-    student = student_encoder_config(config.student, teacher)
-    return make_optimizer(config.optimizer, undecayed=config.objective.unreached(student))
+def unreached_params(config: DistillConfig, teacher: Model) -> frozenset[ParamPath]:
+    """Returns what the run's loss does not depend on; the teacher's parameters may be shapes."""
+    start = functools.partial(initial_params, config, teacher.config)
+    return unreached(
+        make_loss(config, teacher.config),
+        jax.eval_shape(start, teacher.params["encoder"]),
+        needed_params(teacher, config.objective),
+        batch_shapes(config, config.batch.sequence_length),
+    )
 
 
 def run_given(config: DistillConfig, teacher: Model) -> Given:

@@ -29,9 +29,9 @@ from minilm_jax.jobs.distill_step import (
     exported,
     initial_params,
     make_loss,
-    make_run_optimizer,
     run_given,
     step_flops,
+    unreached_params,
 )
 from minilm_jax.jobs.running import lift_step
 from minilm_jax.jobs.teacher import check_heads, describe_teacher
@@ -40,6 +40,7 @@ from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import duration
 from minilm_jax.train.hardware import GIB, known_chip, memory_limit
+from minilm_jax.train.optimizer import make_optimizer
 from minilm_jax.train.state import create_state
 
 
@@ -223,7 +224,7 @@ def abstract_step(
     """
     check_settings(config, teacher.config)
     loss = make_loss(config, teacher.config)
-    optimizer = make_run_optimizer(config, teacher.config)
+    optimizer = make_optimizer(config.optimizer, unreached=unreached_params(config, teacher))
 
     def start(encoder: Any) -> Any:
         return create_state(initial_params(config, teacher.config, encoder), optimizer)

@@ -1,7 +1,7 @@
 """The optimizer: a schedule, a clip, and weight decay where decay is meant."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from minilm_jax.train.state import Params, TrainState
 Decay = Literal["linear", "cosine", "constant"]
 
 ParamPath = tuple[str, ...]
-"""The names on the way to a parameter, or to a module of them: `("encoder", "layer_0", "ffn")`."""
+"""The names on the way to a parameter: `("encoder", "layer_0", "ffn", "up", "kernel")`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,30 +95,32 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, undecayed: Collection[ParamPath] = ()
+    config: OptimizerConfig, *, unreached: Collection[ParamPath] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of a run; its update takes the step's `learning_rate`.
 
     Args:
       config: what to build; its learning rate and schedule are no part of it.
-      undecayed: path prefixes of parameters the loss does not reach. Decoupled decay would shrink
-        exactly those, where PyTorch skips parameters without a gradient.
+      unreached: parameters the loss does not reach, as `reach.unreached` finds them. They stay
+        as they are and have no moments, as PyTorch skips parameters without a gradient;
+        decoupled decay would shrink exactly those.
     """
 
-    def decay_mask(params: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, _: decays(tuple(entry.key for entry in path), undecayed), params
+    def mask(holds: Callable[[ParamPath], bool]) -> Callable[[Any], Any]:
+        return lambda params: jax.tree.map_with_path(
+            lambda path, _: holds(tuple(entry.key for entry in path)), params
         )
 
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=mask(decays))
     parts = {
         "adamw": (adam, decay),
         "lamb": (adam, decay, optax.scale_by_trust_ratio()),
         "sgd": (decay,),
     }[config.name]
     clip = (optax.clip_by_global_norm(config.clip_norm),) if config.clip_norm else ()
-    optimizer = optax.chain(*clip, *parts, scale_by_learning_rate())
+    updates = optax.masked(optax.chain(*parts), mask(lambda path: path not in unreached))
+    optimizer = optax.chain(*clip, updates, scale_by_learning_rate())
     return with_average(optimizer, config.ema_decay) if config.ema_decay else optimizer
 
 
@@ -179,8 +181,6 @@ def evaluated_params(state: TrainState, config: OptimizerConfig) -> Params:
     return optax.tree.bias_correction(average.ema, config.ema_decay, average.count)
 
 
-def decays(path: ParamPath, undecayed: Collection[ParamPath]) -> bool:
+def decays(path: ParamPath) -> bool:
     """Returns whether weight decay applies to the parameter at `path`."""
-    if path[-1] in ("bias", "scale"):
-        return False
-    return not any(path[: len(prefix)] == prefix for prefix in undecayed)
+    return path[-1] not in ("bias", "scale")

@@ -9,8 +9,9 @@ import pytest
 from minilm_jax.cli import load_experiment
 from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.objectives import RelationObjective
+from minilm_jax.distill.vocabulary import mlm
 from minilm_jax.errors import ConfigError
-from minilm_jax.jobs.distill_step import make_loss, step_flops
+from minilm_jax.jobs.distill_step import make_loss, step_flops, unreached_params
 from minilm_jax.jobs.plan import describe_teacher
 from minilm_jax.reductions import Loss, Mean
 
@@ -108,3 +109,14 @@ class InBlocks(Wrapped):
 
     def for_flop_count(self):
         return self
+
+
+def test_no_batch_names_a_language_so_xlms_table_stays_as_it_is():
+    config = load_experiment(f"{SMOKE}:smoke")
+    shape = dataclasses.replace(
+        config.teacher.shape, model_type="xlm", type_vocab_size=0, n_langs=3
+    )
+    teacher = dataclasses.replace(config.teacher, shape=shape)
+    config = dataclasses.replace(config, teacher=teacher, objective=mlm())
+    found = unreached_params(config, describe_teacher(config))
+    assert found == {("encoder", "embeddings", "language", "embedding")}

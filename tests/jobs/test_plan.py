@@ -93,10 +93,13 @@ def test_a_plan_for_this_machine(lift, fsdp):
     assert found.tokens == 3 * 8 * 32
     assert found.fits
     assert "fits        yes" in text
-    # fp32; Adam has two numbers a parameter; what fsdp divides is nearly all of it.
+    # fp32; what fsdp divides is nearly all of it; Adam has two numbers for each parameter but those
+    # behind the compared projections, three quarters of a block.
     whole = 4 * found.student_parameters
     assert whole / fsdp <= memory.student <= whole / fsdp * 1.2
-    assert memory.optimizer == pytest.approx(2 * memory.student, rel=0.01)
+    block = 4 * 12 * student.hidden_size**2
+    behind = (2 * memory.student - memory.optimizer) / 2
+    assert block * 3 / 4 / fsdp <= behind <= block * 3 / 4 / fsdp * 1.15
     assert memory.temporary > 0
     # The products of the student's blocks but the last, three times over, are a lower bound.
     blocks = (student.num_hidden_layers - 1) * 12 * student.hidden_size**2

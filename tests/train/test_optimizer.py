@@ -21,15 +21,20 @@ PARAMS = {
 @pytest.mark.parametrize("name", get_args(get_type_hints(OptimizerConfig)["name"]))
 def test_decay_spares_biases_norms_and_what_the_loss_does_not_reach(name):
     config = OptimizerConfig(name=name, weight_decay=0.5)
-    optimizer = make_optimizer(config, undecayed=[("layer_1",)])
+    behind = [("layer_1", "dense", name) for name in ("kernel", "bias")]
+    optimizer = make_optimizer(config, unreached=behind)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS, learning_rate=0.1)
+    state = optimizer.init(PARAMS)
+    updates, _ = optimizer.update(zeros, state, PARAMS, learning_rate=0.1)
     assert (np.asarray(updates["layer_0"]["dense"]["kernel"]) < 0).all()
     for path in (("layer_0", "dense", "bias"), ("layer_1", "dense", "kernel"), ("norm", "scale")):
         leaf = updates
         for part in path:
             leaf = leaf[part]
         np.testing.assert_array_equal(leaf, 0.0, err_msg=str(path))
+    moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+    reached = sum(x.size for x in jax.tree.leaves([PARAMS["layer_0"], PARAMS["norm"]]))
+    assert moments == (0 if name == "sgd" else 2 * reached)
 
 
 def test_linear_schedule_warms_up_from_zero_and_ends_at_zero():
