@@ -35,6 +35,7 @@ def over_selected(
     given: Inputs,
     *,
     selected: Bool[Array, "B L"],
+    block: int | None = None,
 ) -> Mean:
     """Returns the mean of a function of single tokens over the selected ones.
 
@@ -48,13 +49,15 @@ def over_selected(
       learned: what a gradient is returned for.
       given: the teacher's, labels: no gradient reaches it.
       selected: which tokens count.
+      block: tokens at a time; None is TOKENS_A_BLOCK.
     """
+    block = block or TOKENS_A_BLOCK
 
     def of_rows(
         params: tuple[Params, Params], rows: tuple[Array, Array, Bool[Array, "B L"]]
     ) -> Mean:
         learned, given = (Inputs(*x) for x in zip(params, rows[:2], strict=True))
-        total = _total(function, learned, given, rows[2])
+        total = _total(function, block, learned, given, rows[2])
         return Mean(total=total, count=jnp.sum(rows[2], dtype=jnp.float32))
 
     params = (learned.params, given.params)
@@ -68,26 +71,28 @@ class _Sums(NamedTuple):
     gradient: Inputs | None = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _total(
     function: OfTokens,
+    block: int,
     learned: Inputs,
     given: Inputs,
     selected: Bool[Array, "B L"],
 ) -> Float[Array, ""]:
     """Returns the function's sum over the selected tokens."""
-    return _sums(function, learned, given, selected, wanted="loss").total
+    return _sums(function, block, learned, given, selected, wanted="loss").total
 
 
 def _forward(
-    function: OfTokens, learned: Inputs, given: Inputs, selected: Bool[Array, "B L"]
+    function: OfTokens, block: int, learned: Inputs, given: Inputs, selected: Bool[Array, "B L"]
 ) -> tuple[Float[Array, ""], Inputs | None]:
-    sums = _sums(function, learned, given, selected, wanted="loss and gradients")
+    sums = _sums(function, block, learned, given, selected, wanted="loss and gradients")
     return sums.total, sums.gradient
 
 
 def _backward(
     function: OfTokens,
+    block: int,
     gradient: Inputs,
     cotangent: Float[Array, ""],
 ) -> tuple[Inputs, None, None]:
@@ -99,6 +104,7 @@ _total.defvjp(_forward, _backward)
 
 def _sums(
     function: OfTokens,
+    block: int,
     learned: Inputs,
     given: Inputs,
     selected: Bool[Array, "B L"],
@@ -111,19 +117,19 @@ def _sums(
         x._replace(tokens=x.tokens.reshape(-1, *x.tokens.shape[2:])) for x in (learned, given)
     )
     # Places of the selected tokens first; what fills the last block has places behind the end.
-    filled = jnp.pad(selected, (0, -selected.size % TOKENS_A_BLOCK))
+    filled = jnp.pad(selected, (0, -selected.size % block))
     order = jnp.argsort(~filled, stable=True)
-    blocks = (jnp.sum(selected) + TOKENS_A_BLOCK - 1) // TOKENS_A_BLOCK
+    blocks = -(-jnp.sum(selected) // block)
 
     def add(index: Array, sums: _Sums) -> _Sums:
-        first = index * TOKENS_A_BLOCK
-        places = jax.lax.dynamic_slice_in_dim(order, first, TOKENS_A_BLOCK)
+        first = index * block
+        places = jax.lax.dynamic_slice_in_dim(order, first, block)
 
         def take(inputs: Inputs) -> Inputs:
             return inputs._replace(tokens=inputs.tokens.at[places].get(mode="clip"))
 
-        def of_block(block: Inputs) -> Float[Array, ""]:
-            return jnp.sum(jnp.where(filled[places], function(block, take(given)), 0.0))
+        def of_block(taken: Inputs) -> Float[Array, ""]:
+            return jnp.sum(jnp.where(filled[places], function(taken, take(given)), 0.0))
 
         if sums.gradient is None:
             return _Sums(sums.total + of_block(take(learned)))

@@ -73,20 +73,30 @@ class VocabularyObjective(Objective):
             ours = encode(student, student_params["encoder"], batch, compute=compute, key=key)
             parts: dict[str, tuple[float, Mean]] = {}
             if self.hard_weight:
-                hard = masked_cross_entropy(student, student_params, ours, batch, compute)
+                hard = masked_cross_entropy(
+                    student,
+                    student_params,
+                    ours,
+                    batch,
+                    compute=compute,
+                    block=self.tokens_a_block(batch, share=self.mask.probability),
+                )
                 parts["mlm"] = (self.hard_weight, hard)
             if self.soft_weight or self.cosine_weight:
                 plain = dataclasses.replace(compute, remat=False)
                 theirs = encode(teacher, teacher_params["encoder"], batch, compute=plain)
             valid = batch["segments"] > 0
             if self.soft_weight:
-                masked = batch["labels"] != NOT_PREDICTED
+                selected, share = valid, 1.0
+                if self.soft_tokens == "masked":
+                    selected, share = batch["labels"] != NOT_PREDICTED, self.mask.probability
                 soft = soft_label_divergence(
                     (teacher, teacher_params, theirs),
                     (student, student_params, ours),
-                    selected=masked if self.soft_tokens == "masked" else valid,
+                    selected=selected,
                     temperature=self.temperature,
                     compute=compute,
+                    block=self.tokens_a_block(batch, share=share),
                 )
                 parts["soft_labels"] = (self.soft_weight, soft)
             if self.cosine_weight:
@@ -114,12 +124,27 @@ class VocabularyObjective(Objective):
         """Returns the objective's masking."""
         return self.mask
 
+    def for_flop_count(self) -> "VocabularyObjective":
+        """Returns the loss with one block in the place of as many as there happen to be."""
+        return _InOneBlock(**vars(self))
+
+    def tokens_a_block(self, batch: Batch, *, share: float) -> int | None:
+        """Returns how many of the tokens that count, a share of all, are taken at a time."""
+        return None
+
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
         """Returns a fresh masked LM head, unless nothing but hidden states is compared.
 
         The student would be written with it, never trained, as one that predicts tokens.
         """
         return {"mlm": init_mlm(key, student)} if self.soft_weight or self.hard_weight else {}
+
+
+class _InOneBlock(VocabularyObjective):
+    """The same loss of a batch in which as many tokens count as are to be expected."""
+
+    def tokens_a_block(self, batch: Batch, *, share: float) -> int | None:
+        return max(1, round(share * batch["segments"].size))
 
 
 def mlm() -> VocabularyObjective:
@@ -149,6 +174,7 @@ def soft_label_divergence(
     selected: Bool[Array, "B L"],
     temperature: float,
     compute: Compute,
+    block: int | None = None,
 ) -> Mean:
     """Returns T² KL(softmax(t / T) ‖ softmax(s / T)) of the selected tokens' vocabulary scores."""
 
@@ -160,11 +186,16 @@ def soft_label_divergence(
 
     ours = Inputs(mlm_params(student[1]), student[2].last_hidden_state)
     theirs = Inputs(mlm_params(teacher[1]), teacher[2].last_hidden_state)
-    return over_selected(divergence, ours, theirs, selected=selected)
+    return over_selected(divergence, ours, theirs, selected=selected, block=block)
 
 
 def masked_cross_entropy(
-    config: EncoderConfig, params: Params, output: EncoderOutput, batch: Batch, compute: Compute
+    config: EncoderConfig,
+    params: Params,
+    output: EncoderOutput,
+    batch: Batch,
+    compute: Compute,
+    block: int | None = None,
 ) -> Mean:
     """Returns the cross entropy of the labels, mean over the tokens that have one."""
 
@@ -176,7 +207,7 @@ def masked_cross_entropy(
     ours = Inputs(mlm_params(params), output.last_hidden_state)
     labels = Inputs({}, batch["labels"])
     selected = labels.tokens != NOT_PREDICTED
-    return over_selected(cross_entropy, ours, labels, selected=selected)
+    return over_selected(cross_entropy, ours, labels, selected=selected, block=block)
 
 
 def mlm_params(params: Params) -> Params:

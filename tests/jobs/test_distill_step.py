@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from minilm_jax.cli import load_experiment
+from minilm_jax.data.batches import BatchConfig
+from minilm_jax.data.masking import MaskingConfig
 from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.objectives import RelationObjective
-from minilm_jax.distill.vocabulary import mlm
+from minilm_jax.distill.vocabulary import mlm, soft_labels
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.distill_step import make_loss, step_flops, unreached_params
 from minilm_jax.jobs.plan import describe_teacher
@@ -120,3 +122,26 @@ def test_no_batch_names_a_language_so_xlms_table_stays_as_it_is():
     config = dataclasses.replace(config, teacher=teacher, objective=mlm())
     found = unreached_params(config, describe_teacher(config))
     assert found == {("encoder", "embeddings", "language", "embedding")}
+
+
+@pytest.mark.parametrize("objective", [mlm, soft_labels], ids=["mlm", "soft labels"])
+def test_flops_of_vocabulary_scores_are_those_of_the_tokens_expected_to_count(objective):
+    config = load_experiment(f"{SMOKE}:smoke")
+    config = dataclasses.replace(config, batch=BatchConfig(batch_size=40, sequence_length=64))
+    shape = config.teacher.shape
+    teacher = describe_teacher(dataclasses.replace(config, objective=soft_labels()))
+
+    def counted(probability):
+        mask = MaskingConfig(probability=probability)
+        chosen = dataclasses.replace(objective(), mask=mask)
+        return step_flops(dataclasses.replace(config, objective=chosen), teacher, 64)
+
+    def scores(width):
+        return 2 * (shape.vocab_size * width + width**2)
+
+    a_token = 3 * scores(config.student.hidden_size)
+    if objective is soft_labels:
+        a_token += scores(shape.hidden_size)
+    # 128, 384 and 2,560 tokens: less than a block of those a step takes, and more.
+    assert counted(0.15) - counted(0.05) == 256 * a_token
+    assert counted(1.0) - counted(0.15) == (2560 - 384) * a_token
