@@ -56,8 +56,8 @@ class TextConfig(Settings, name="text"):
     text one at least. Prepared corpora have the share that they were made
     with."""
     evaluate_batches: Positive = 16
-    """Held-out batches the loss is measured on, at most. At the end all corpora
-    and languages share as many, and each has one at least."""
+    """Held-out batches the loss is measured on, at most. At the end, all
+    corpora and languages share as many, and each has one at least."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
