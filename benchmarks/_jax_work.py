@@ -16,11 +16,11 @@ from minilm_jax.distill.objectives import minilmv2
 from minilm_jax.encoder.config import Attention, Compute, EncoderConfig
 from minilm_jax.encoder.encoder import encode, init_params
 from minilm_jax.jobs.sentence_encoder import SentenceEncoder
-from minilm_jax.jobs.teacher import needed_params
+from minilm_jax.jobs.teacher import teacher_params
 from minilm_jax.reductions import Loss, Mean
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from minilm_jax.train.reach import unreached
+from minilm_jax.train.reach import leave_out, unreached
 from minilm_jax.train.state import create_state
 from minilm_jax.train.step import LossFunction, make_evaluation, make_given, make_step
 
@@ -74,7 +74,7 @@ def distillation_step(
             teacher.config, student.config, Compute(dtype=setting.dtype, attention=attention)
         ),
         student,
-        needed_params(teacher, objective),
+        teacher_params(teacher, objective),
         batches or [full_batch(setting)],
         setting,
         devices=devices,
@@ -128,8 +128,9 @@ def _training(
 ) -> Work:
     devices = devices or Devices(devices=jax.devices()[:1])
     start = {"encoder": student.params["encoder"]}
-    untouched = unreached(loss, start, frozen, batches[0])
-    optimizer = make_optimizer(OptimizerConfig(), unreached=untouched)
+    aside = unreached(loss, start, frozen, batches[0])
+    loss, frozen = leave_out(loss, frozen, aside.frozen)
+    optimizer = make_optimizer(OptimizerConfig(), unreached=aside.params)
     step = devices.lift_step(make_step(loss, optimizer))
     evaluate = devices.lift_evaluation(make_evaluation(loss))
     schedule = make_schedule(OptimizerConfig(), steps=STEPS)

@@ -39,10 +39,6 @@ class Objective(Settings, name="objective"):
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
         """Raises ConfigError where the two do not fit the objective."""
 
-    def teacher_layers(self, teacher: EncoderConfig) -> int:
-        """Returns how many of the teacher's layers are run; the others are never loaded."""
-        return teacher.num_hidden_layers
-
     def teacher_heads(self) -> tuple[str, ...]:
         """Returns the heads the teacher must have, such as "mlm"."""
         return ()

@@ -141,10 +141,6 @@ class RelationObjective(Objective):
         """Returns the loss with its relations materialised: blocks go as far as rows are long."""
         return dataclasses.replace(self, implementation="reference")
 
-    def teacher_layers(self, teacher: EncoderConfig) -> int:
-        """Returns the highest teacher layer compared."""
-        return max((layer for layer, _ in self.layers), default=teacher.num_hidden_layers)
-
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
         """Returns the projections of the value MSE, `[D student, D teacher]` a layer pair."""
         if not self.value_mse:

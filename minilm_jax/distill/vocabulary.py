@@ -112,10 +112,6 @@ class VocabularyObjective(Objective):
 
         return loss
 
-    def teacher_layers(self, teacher: EncoderConfig) -> int:
-        """Returns all of them, or 0 where the teacher has no say (plain MLM)."""
-        return teacher.num_hidden_layers if self.soft_weight or self.cosine_weight else 0
-
     def teacher_heads(self) -> tuple[str, ...]:
         """Returns the masked LM head where its scores are the labels."""
         return ("mlm",) if self.soft_weight else ()

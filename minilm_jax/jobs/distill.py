@@ -22,13 +22,12 @@ from minilm_jax.errors import ConfigError
 from minilm_jax.jobs import running
 from minilm_jax.jobs.distill_config import ChainConfig, DistillConfig, DistillResult, check_settings
 from minilm_jax.jobs.distill_step import (
+    StepParts,
     exported,
     exported_params,
     initial_params,
-    make_loss,
     model_flops,
-    run_given,
-    unreached_params,
+    step_parts,
 )
 from minilm_jax.jobs.running import (
     SAVES_MEMORY,
@@ -55,7 +54,7 @@ from minilm_jax.train.hardware import memory_explained
 from minilm_jax.train.hosts import fail_together, writes
 from minilm_jax.train.loop import Evaluation
 from minilm_jax.train.monitor import plot_loss
-from minilm_jax.train.optimizer import ParamPath, evaluated_params, make_optimizer
+from minilm_jax.train.optimizer import evaluated_params
 from minilm_jax.train.run_folder import DATA, METRICS, RESULT, STUDENT, check_run, read_json, settle
 from minilm_jax.train.state import TrainState, create_state
 from minilm_jax.train.step import make_evaluation
@@ -108,9 +107,9 @@ class _Run:
     say: Callable[[str], None]
 
     @functools.cached_property
-    def unreached(self) -> frozenset[ParamPath]:
-        """What the loss does not depend on, which stays as it starts."""
-        return unreached_params(self.config, self.teacher)
+    def step(self) -> StepParts:
+        """What the run's step is made of."""
+        return step_parts(self.config, self.teacher)
 
     def finish(self) -> DistillResult:
         """Returns the result, computed or read."""
@@ -195,11 +194,11 @@ class _Run:
         sizes = {unit: sum(corpus[unit] for corpus in corpora) for unit in ("documents", "tokens")}
         weights = ", ".join(f"{weight:g}" for weight in config.batch.weights)
         params = flatten(student.params)
-        count = sum(params[name].size for name in map("/".join, self.unreached) if name in params)
-        aside = f"{count:,} parameters"
+        aside = [params[name] for name in map("/".join, self.step.unreached) if name in params]
+        untrained = f"{sum(x.size for x in aside):,} parameters"
         last = ("encoder", f"layer_{student.config.num_hidden_layers - 1}")
-        if any(path[:2] == last for path in self.unreached):
-            aside += ", the last block's output among them: fine-tune before using it"
+        if any(path[:2] == last for path in self.step.unreached):
+            untrained += ", the last block's output among them: fine-tune before using it"
         return {
             "distilled from": config.teacher.source,
             "SHA-256 of the teacher's weights": self.teacher.fingerprint,
@@ -209,7 +208,7 @@ class _Run:
             "steps": f"{steps:,} of {config.batch.batch_size:,} × "
             f"{config.batch.sequence_length} tokens",
             "held-out loss": f"{figures['after']:.4f}, before training {figures['before']:.4f}",
-            **({"not reached by the objective": aside} if count else {}),
+            **({"not reached by the objective": untrained} if aside else {}),
         }
 
     def _train(self, goodput: Goodput) -> tuple[TrainState, int, dict[str, float], Tokenizer]:
@@ -224,8 +223,8 @@ class _Run:
             if writes():
                 settle(config.output / DATA, train.describe(), override=config.override)
         mask = make_masking(config, tokenizer)
-        loss = make_loss(config, teacher.config)
-        given = devices.place(run_given(config, teacher))
+        loss, optimizer, given, _ = self.step
+        given = devices.place(given)
         rows = devices.rows(config.batch.batch_size)
         loss_of = _evaluator(
             devices, make_evaluation(loss, accumulate=config.train.accumulate), given.frozen
@@ -258,7 +257,6 @@ class _Run:
             figures["copied"] = measure(dataclasses.replace(own, init="teacher"))
         goodput.lap("evaluation")
         described = _described(config, teacher.config, teacher.fingerprint)
-        optimizer = make_optimizer(config.optimizer, unreached=self.unreached)
 
         def look(state: TrainState) -> Evaluation:
             loss = evaluate(evaluated_params(state, config.optimizer))

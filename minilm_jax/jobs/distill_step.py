@@ -3,22 +3,23 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from minilm_jax.convert.model import Model
-from minilm_jax.distill.objective import Batch, LossFunction, Params, check_loss
+from minilm_jax.distill.objective import Batch, Params, check_loss
 from minilm_jax.distill.student import init_student, student_encoder_config
 from minilm_jax.encoder.config import EncoderConfig
 from minilm_jax.jobs.distill_config import DistillConfig
-from minilm_jax.jobs.teacher import needed_params
+from minilm_jax.jobs.teacher import teacher_params
 from minilm_jax.reductions import Loss
 from minilm_jax.train.flops import gradient_flops
-from minilm_jax.train.optimizer import ParamPath, make_schedule
-from minilm_jax.train.reach import unreached
-from minilm_jax.train.step import Given, make_given
+from minilm_jax.train.optimizer import ParamPath, make_optimizer, make_schedule
+from minilm_jax.train.reach import leave_out, unreached
+from minilm_jax.train.step import Given, LossFunction, make_given
 
 EXPORTED_HEADS = ("mlm",)
 """Trained modules that are part of the student; learned projections are not."""
@@ -40,23 +41,36 @@ def make_loss(config: DistillConfig, teacher: EncoderConfig) -> LossFunction:
     return checked
 
 
-def unreached_params(config: DistillConfig, teacher: Model) -> frozenset[ParamPath]:
-    """Returns what the run's loss does not depend on; the teacher's parameters may be shapes."""
+class StepParts(NamedTuple):
+    """What the step of a run is made of, and what it is given."""
+
+    loss: LossFunction
+    """Of `given.frozen`."""
+    optimizer: optax.GradientTransformationExtraArgs
+    given: Given
+    """Yet to be placed. `frozen` is as much of the teacher as the loss depends on."""
+    unreached: frozenset[ParamPath]
+    """What of the trained parameters the loss does not depend on: it stays as it starts."""
+
+
+def step_parts(config: DistillConfig, teacher: Model) -> StepParts:
+    """Returns the parts of a run's step; of a teacher of shapes, `given` has shapes."""
+    loss = make_loss(config, teacher.config)
+    frozen = teacher_params(teacher, config.objective)
     start = functools.partial(initial_params, config, teacher.config)
-    return unreached(
-        make_loss(config, teacher.config),
+    aside = unreached(
+        loss,
         jax.eval_shape(start, teacher.params["encoder"]),
-        needed_params(teacher, config.objective),
+        frozen,
         batch_shapes(config, config.batch.sequence_length),
     )
-
-
-def run_given(config: DistillConfig, teacher: Model) -> Given:
-    """Returns what all steps of the run are given; of a teacher of shapes, shapes."""
-    return make_given(
-        needed_params(teacher, config.objective),
-        seed=config.train.seed,
-        schedule=make_schedule(config.optimizer, steps=config.train.steps),
+    loss, frozen = leave_out(loss, frozen, aside.frozen)
+    schedule = make_schedule(config.optimizer, steps=config.train.steps)
+    return StepParts(
+        loss=loss,
+        optimizer=make_optimizer(config.optimizer, unreached=aside.params),
+        given=make_given(frozen, seed=config.train.seed, schedule=schedule),
+        unreached=aside.params,
     )
 
 
@@ -123,7 +137,7 @@ def step_flops(config: DistillConfig, teacher: Model, length: int) -> int:
     return gradient_flops(
         make_loss(config, teacher.config),
         jax.eval_shape(start, teacher.params["encoder"]),
-        needed_params(teacher, objective),
+        teacher_params(teacher, objective),
         batch_shapes(config, length),
     )
 

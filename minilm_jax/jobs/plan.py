@@ -28,10 +28,8 @@ from minilm_jax.jobs.distill_step import (
     batch_shapes,
     exported,
     initial_params,
-    make_loss,
-    run_given,
     step_flops,
-    unreached_params,
+    step_parts,
 )
 from minilm_jax.jobs.running import lift_step
 from minilm_jax.jobs.teacher import check_heads, describe_teacher
@@ -40,7 +38,6 @@ from minilm_jax.train.described import described_devices
 from minilm_jax.train.devices import Devices
 from minilm_jax.train.goodput import duration
 from minilm_jax.train.hardware import GIB, known_chip, memory_limit
-from minilm_jax.train.optimizer import make_optimizer
 from minilm_jax.train.state import create_state
 
 
@@ -89,7 +86,7 @@ class Plan:
     devices: int
     lift: str
     teacher_parameters: int
-    """Of the layers that are run."""
+    """Those that the loss depends on."""
     student_parameters: int
     flops: int
     """Of the matrix products of one step, over all devices."""
@@ -223,16 +220,15 @@ def abstract_step(
       devices: they may be only described.
     """
     check_settings(config, teacher.config)
-    loss = make_loss(config, teacher.config)
-    optimizer = make_optimizer(config.optimizer, unreached=unreached_params(config, teacher))
+    parts = step_parts(config, teacher)
 
     def start(encoder: Any) -> Any:
-        return create_state(initial_params(config, teacher.config, encoder), optimizer)
+        return create_state(initial_params(config, teacher.config, encoder), parts.optimizer)
 
     return (
-        lift_step(loss, optimizer, config=config.train, devices=devices),
+        lift_step(parts.loss, parts.optimizer, config=config.train, devices=devices),
         devices.abstract(jax.eval_shape(start, teacher.params["encoder"])),
-        devices.abstract(run_given(config, teacher)),
+        devices.abstract(parts.given),
         devices.abstract_batch(batch_shapes(config, config.batch.sequence_length)),
     )
 
@@ -314,7 +310,7 @@ def describe_plan(plan: Plan) -> str:
         f"run         {plan.name}",
         f"hardware    {plan.hardware}: "
         + (f"{plan.devices} devices, {plan.lift}" if plan.devices > 1 else "1 device"),
-        f"parameters  teacher {plan.teacher_parameters / 1e6:.1f} M (the layers that are run), "
+        f"parameters  teacher {plan.teacher_parameters / 1e6:.1f} M (that the loss depends on), "
         f"student {plan.student_parameters / 1e6:.1f} M",
         f"a step      {plan.flops:.3g} FLOPs of matrix products over all devices",
         f"the run     {plan.steps:,} steps, {_tokens(plan.tokens)} tokens with padding, "

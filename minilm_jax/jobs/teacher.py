@@ -70,13 +70,9 @@ def describe_teacher(config: DistillConfig) -> Model:
     return Model(config=shape, params=jax.eval_shape(lambda: _random_params(shape, heads)))
 
 
-def needed_params(teacher: Model, objective: Objective) -> dict[str, Any]:
-    """Returns the teacher's parameters without the layers above the last one compared."""
-    layers = objective.teacher_layers(teacher.config)
-    unused = {f"layer_{index}" for index in range(layers, teacher.config.num_hidden_layers)}
-    encoder = {name: x for name, x in teacher.params["encoder"].items() if name not in unused}
-    heads = {name: teacher.params[name] for name in objective.teacher_heads()}
-    return {"encoder": encoder, **heads}
+def teacher_params(teacher: Model, objective: Objective) -> dict[str, Any]:
+    """Returns the teacher's encoder and the heads that the objective learns from."""
+    return {name: teacher.params[name] for name in ("encoder", *objective.teacher_heads())}
 
 
 def _random_params(shape: EncoderConfig, heads: Collection[str]) -> dict[str, Any]:

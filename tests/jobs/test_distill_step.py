@@ -13,7 +13,7 @@ from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.objectives import RelationObjective
 from minilm_jax.distill.vocabulary import mlm, soft_labels
 from minilm_jax.errors import ConfigError
-from minilm_jax.jobs.distill_step import make_loss, step_flops, unreached_params
+from minilm_jax.jobs.distill_step import make_loss, step_flops, step_parts
 from minilm_jax.jobs.plan import describe_teacher
 from minilm_jax.reductions import Loss, Mean
 
@@ -87,9 +87,6 @@ class Wrapped(Objective):
     def make_loss(self, teacher, student, compute):
         return self.inner.make_loss(teacher, student, compute)
 
-    def teacher_layers(self, teacher):
-        return self.inner.teacher_layers(teacher)
-
     def for_flop_count(self):
         return dataclasses.replace(self, inner=self.inner.for_flop_count())
 
@@ -120,8 +117,8 @@ def test_no_batch_names_a_language_so_xlms_table_stays_as_it_is():
     )
     teacher = dataclasses.replace(config.teacher, shape=shape)
     config = dataclasses.replace(config, teacher=teacher, objective=mlm())
-    found = unreached_params(config, describe_teacher(config))
-    assert found == {("encoder", "embeddings", "language", "embedding")}
+    parts = step_parts(config, describe_teacher(config))
+    assert parts.unreached == {("encoder", "embeddings", "language", "embedding")}
 
 
 @pytest.mark.parametrize("objective", [mlm, soft_labels], ids=["mlm", "soft labels"])
