@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -103,17 +104,30 @@ def measure(config: DistillConfig, hardware: str, lift: Lift) -> dict[str, Any]:
         "refusal": plan.refusal,
         "seconds": round(time.monotonic() - began, 1),
         "date": datetime.date.today().isoformat(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Returns the commit of this code, short."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip()
 
 
 def table(found: dict[str, Any]) -> str:
     """Returns the table as Markdown, in GiB; what was not compiled is marked as not measured.
 
-    † marks what was compiled before the newest entry's date, with the code of that time.
+    † marks what was compiled with other code than the newest entry.
     """
     columns = [(hardware, lift) for hardware in HARDWARE for lift in ("pmap", "mesh")]
     heads = [f"{hardware}, {lift}" for hardware, lift in columns]
-    newest = max(row["date"] for row in found.values())
+    newest = max(found.values(), key=lambda row: row["date"])
     lines = ["| run | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     missing = []
     for name, config in runs():
@@ -127,7 +141,7 @@ def table(found: dict[str, Any]) -> str:
             else:
                 temporary = row["memory"]["temporary"] / GIB
                 bound = "≤ " if row["effort"] < 0 else ""
-                older = "†" if row["date"] < newest else ""
+                older = "†" if row["commit"] != newest["commit"] else ""
                 cells.append(f"{bound}{row['total'] / GIB:.2f} ({temporary:.2f}){older}")
         if any(cell != "not measured" for cell in cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
