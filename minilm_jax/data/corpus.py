@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minilm_jax import atomic
+from minilm_jax.data.skipped import Skipped
 from minilm_jax.errors import DataError
 
 FORMAT = 1
@@ -55,6 +57,8 @@ class Manifest:
     splits: dict[str, tuple[Shard, ...]]
     skipped: dict[str, int] = field(default_factory=dict)
     """Documents left out, by reason."""
+    skipped_files: dict[str, list[str]] = field(default_factory=dict)
+    """The first files that they were left out of, by reason."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the corpus was prepared with; another run on the folder must have the same."""
     format: int = FORMAT
@@ -69,6 +73,10 @@ class Manifest:
         """Number of tokens in all splits, without special tokens."""
         return sum(shard.tokens for shards in self.splits.values() for shard in shards)
 
+    def left_out(self) -> Skipped:
+        """Returns what the text had that the corpus has not."""
+        return Skipped(Counter(self.skipped), self.skipped_files)
+
     def to_json(self) -> str:
         """Returns the text of `manifest.json`."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
@@ -82,12 +90,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        unfinished = (Path(folder) / "settings.json").is_file()
-        reason = (
-            "is unfinished: run the same prepare command again"
-            if unfinished
-            else ("is not a prepared corpus (no manifest.json): make one with minilm-jax prepare")
-        )
+        if not Path(folder).exists():
+            reason = "does not exist"
+        elif (Path(folder) / "settings.json").is_file():
+            reason = "is unfinished: run the same prepare command again"
+        else:
+            reason = "is not a prepared corpus (no manifest.json): make one with minilm-jax prepare"
         raise DataError(f"{folder}: {reason}")
     try:
         content = json.loads(path.read_text("utf-8"))

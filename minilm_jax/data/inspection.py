@@ -8,6 +8,7 @@ import numpy as np
 
 from minilm_jax.data.batches import BatchConfig, Batches, Layout
 from minilm_jax.data.corpus import Corpus, Split, Verify, read_manifest
+from minilm_jax.data.skipped import Skipped
 from minilm_jax.data.tokenizers import load_tokenizer
 from minilm_jax.errors import DataError
 
@@ -25,7 +26,7 @@ class Inspection:
     dtype: str
     shards: int
     tokenizer: str
-    skipped: dict[str, int]
+    skipped: Skipped
     length_percentiles: dict[int, int]
     """Tokens of a document, by percentile."""
     languages: dict[str, "LanguageCount"]
@@ -99,7 +100,7 @@ def inspect_corpus(
         dtype=corpus.manifest.dtype,
         shards=len(corpus.manifest.splits[split]),
         tokenizer=f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:8]}",
-        skipped=dict(corpus.manifest.skipped),
+        skipped=corpus.manifest.left_out(),
         length_percentiles=dict(zip(_PERCENTILES, map(int, percentiles), strict=True)),
         languages={
             code: LanguageCount(

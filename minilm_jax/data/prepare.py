@@ -18,10 +18,9 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from minilm_jax.data.corpus import (
     shard_from_json,
 )
 from minilm_jax.data.documents import Document
+from minilm_jax.data.skipped import Skipped
 from minilm_jax.data.sources import (
     Part,
     TextSource,
@@ -79,6 +79,7 @@ class _Record:
     splits: dict[str, Shard]
     skipped: dict[str, int]
     """Of the part, from its beginning."""
+    skipped_files: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def prepare(
     settings = _settings(source, loaded, holdout_fraction, shard_tokens)
     finished = finished_is_enough and (output / MANIFEST).is_file()
     # Before anything is written: what is refused here leaves no folder behind.
-    unread: Counter[str] = Counter()
+    unread = Skipped()
     parts = []
     if not finished:
         refuse_inside(source, output)
@@ -361,7 +362,7 @@ def _prepare_part(task: _Task, tokenizer: Tokenizer, report: Report) -> None:
     if records and records[-1].last:
         return
     number = len(records)
-    skipped: Counter[str] = Counter()
+    skipped = Skipped()
     documents = read_part(task.part, skipped=skipped)
     consumed = records[-1].consumed if records else 0
     without_tokens = records[-1].skipped.get(_NO_TOKENS, 0) if records else 0
@@ -388,8 +389,8 @@ def _prepare_part(task: _Task, tokenizer: Tokenizer, report: Report) -> None:
         finally:
             for writer in writers.values():
                 writer.discard()
-        counts = dict(skipped) | ({_NO_TOKENS: without_tokens} if without_tokens else {})
-        record = _Record(consumed, last, splits, counts)
+        counts = dict(skipped.counts) | ({_NO_TOKENS: without_tokens} if without_tokens else {})
+        record = _Record(consumed, last, splits, counts, skipped.files)
         path = _record_path(task.output, task.part.key, number)
         write_atomically(path, _json(dataclasses.asdict(record)))
         number += 1
@@ -442,7 +443,7 @@ def _heldout_below(parts: list[Part], fraction: float) -> float:
         return fraction
     for part in parts:
         with contextlib.suppress(DataError):  # it will come up again, once all else is done
-            for document in read_part(part, skipped=Counter()):
+            for document in read_part(part, skipped=Skipped()):
                 found = _unit_hash(document.text)
                 if found < fraction:
                     return fraction
@@ -475,6 +476,7 @@ def _run(tasks: list[_Task], workers: int, progress: Callable[[Progress], None] 
         errors = _run_processes(tasks, workers, meter)
     if errors:
         _raise(errors, tasks[0].output)
+    meter.finish()
 
 
 def _raise(errors: list[Exception], output: Path) -> None:
@@ -493,7 +495,8 @@ def _raise(errors: list[Exception], output: Path) -> None:
         if not isinstance(error, DataError):
             raise error
     more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
-    raise DataError(f"{errors[0]}{more}; finished shards are kept") from errors[0]
+    kept = "; finished shards are kept" if _has_tokens(output) else ""
+    raise DataError(f"{errors[0]}{more}{kept}") from errors[0]
 
 
 def check_guarded() -> None:
@@ -602,7 +605,11 @@ class _Meter:
         self._parts += task.part.size
         # Characters were counted on the way, bytes are known now.
         self._inside = max(0, self._inside - task.part.size)
-        self._update(every=0.25 if self._parts < self._total else 0.0)
+        self._update(every=0.25)
+
+    def finish(self) -> None:
+        # Once more: what workers reported may have come after their last part was done.
+        self._update(every=0.0)
 
     def drain(self, reports: Any) -> None:
         while True:
@@ -621,13 +628,15 @@ class _Meter:
 
 
 def _manifest(
-    tasks: list[_Task], tokenizer: Tokenizer, settings: dict[str, Any], unread: Counter[str]
+    tasks: list[_Task], tokenizer: Tokenizer, settings: dict[str, Any], unread: Skipped
 ) -> Manifest:
     splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-    skipped = Counter(unread)
+    skipped = unread
     for task in tasks:
         records = _records(task.output, task.part.key)
-        skipped.update(records[-1].skipped)
+        last = records[-1]
+        for reason, count in last.skipped.items():
+            skipped.add(reason, count, last.skipped_files.get(reason, []))
         for record in records:
             for split, shard in record.splits.items():
                 if shard.documents:
@@ -638,11 +647,12 @@ def _manifest(
         tokenizer_kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,
         splits={split: tuple(shards) for split, shards in splits.items()},
-        skipped=dict(skipped),
+        skipped=dict(skipped.counts),
+        skipped_files=skipped.files,
         settings=settings,
     )
     if not manifest.documents:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        reasons = "; ".join(skipped.lines())
         raise DataError(
             f"{tasks[0].output}: no document in the sources (skipped: {reasons or 'none'})"
         )

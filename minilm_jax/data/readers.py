@@ -1,6 +1,7 @@
 """One reader a file format: each yields records and never holds more than one of them."""
 
 import bz2
+import csv
 import dataclasses
 import gzip
 import io
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from minilm_jax.data.documents import Document
 from minilm_jax.errors import DataError, first_line
@@ -23,10 +24,15 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LONGEST_CELL = 2**31 - 1
 
 
 class BrokenFileError(Exception):
-    """A file breaks off or its compression is damaged; the documents before are good."""
+    """A file breaks off, or can be read no further; the documents before are good."""
+
+    def __init__(self, what: str, *, remedy: str = "repair the file") -> None:
+        super().__init__(what)
+        self.remedy = remedy
 
 
 def compression(path: str) -> str:
@@ -35,7 +41,7 @@ def compression(path: str) -> str:
     return suffix if suffix in (".gz", ".bz2", ".xz", ".zst") else ""
 
 
-# Text and JSON lines
+# Text, JSON lines and comma-separated values
 
 
 def read_text(
@@ -74,6 +80,50 @@ def read_jsonl(
         )
 
 
+def read_csv(source: "TextSource", stretch: "Stretch", skipped: Counter[str]) -> Iterator[Document]:
+    """Yields one document a row; the first line names the columns.
+
+    Quoting is RFC 4180's, and semicolons may stand for commas. In a .tsv, quotes are text.
+    """
+    tabs = stretch.path.lower().removesuffix(compression(stretch.path)).endswith(".tsv")
+    # Python's own limit, of 128 KiB a cell, is less than many a document.
+    csv.field_size_limit(_LONGEST_CELL)
+    with _open(stretch.path) as file, _broken_file_errors(), _csv_errors():
+        head = _without_mark(file.readline(_BLOCK)).decode("utf-8", "surrogateescape")
+        divider = "\t" if tabs else max(",;\t", key=head.count)
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        # What is not UTF-8 is left to each cell.
+        rest = io.TextIOWrapper(cast(IO[bytes], file), "utf-8", errors="surrogateescape", newline="")
+        lines = itertools.chain([head], rest)
+        rows = csv.reader(lines, delimiter=divider, quoting=quoting, strict=True)
+        names = next(rows, [])
+        _columns(source, stretch, names)
+        for number, cells in enumerate(rows, start=2):
+            if len(cells) != len(names):
+                if cells:
+                    skipped["row of another width"] += 1
+                continue
+            record = dict(zip(names, cells, strict=True))
+            raw = record[source.text_column].encode("utf-8", "surrogateescape")
+            text = _decode(raw, source, skipped)
+            if text is not None:
+                yield Document(
+                    text,
+                    language=_language(source, stretch, record),
+                    origin=f"{stretch.path}:row {number}",
+                )
+
+
+@contextmanager
+def _csv_errors() -> Iterator[None]:
+    try:
+        yield
+    except csv.Error as error:
+        raise BrokenFileError(
+            f"is not CSV ({error})", remedy="put a cell with a quote in it in quotes"
+        ) from error
+
+
 def _objects(
     source: "TextSource", stretch: "Stretch", skipped: Counter[str]
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -83,7 +133,9 @@ def _objects(
         if line is None or not line.strip():
             continue
         if position == 0 and line.lstrip().startswith("["):
-            raise DataError(f"{stretch.path}: is one JSON array; write one object per line")
+            raise BrokenFileError(
+                "is one JSON array", remedy="write one object per line (jq -c '.[]' does)"
+            )
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -94,16 +146,26 @@ def _objects(
             skipped["broken json"] += 1
 
 
-def _missing_column(column: str, path: str, columns: list[str]) -> DataError:
+def _missing_column(
+    column: str,
+    path: str,
+    columns: list[str],
+    *,
+    setting: Literal["text_column", "language_column"] = "text_column",
+) -> DataError:
     there = ", ".join(sorted(columns)) or "none"
-    return DataError(f"{path}: no column {column!r}; it has {there}: set the column to one of them")
+    return DataError(
+        f"{path}: no column {column!r}; it has {there}: set {setting} of the source to one of them"
+    )
 
 
 def _language(source: "TextSource", stretch: "Stretch", record: dict[str, Any]) -> str:
     if source.language_from != "column":
         return ""
     if source.language_column not in record:
-        raise _missing_column(source.language_column, stretch.path, list(record))
+        raise _missing_column(
+            source.language_column, stretch.path, list(record), setting="language_column"
+        )
     return str(record[source.language_column] or "")
 
 
@@ -134,7 +196,7 @@ def _whole(
     source: "TextSource", stretch: "Stretch", skipped: Counter[str]
 ) -> Iterator[tuple[int, bytes | None]]:
     with _open(stretch.path) as file, _broken_file_errors():
-        raw = file.read(source.longest_document + 1).removeprefix(_BYTE_ORDER_MARK)
+        raw = _without_mark(file.read(source.longest_document + 1))
     if raw.strip():
         yield 0, raw if len(raw) <= source.longest_document else None
 
@@ -194,9 +256,16 @@ def _lines(
             if too_long:
                 length += _skip_line(file)
             if position == 0:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
+                line = _without_mark(line)
             yield position, None if too_long else line
             position += length
+
+
+def _without_mark(beginning: bytes) -> bytes:
+    """Returns the beginning of a file without UTF-8's byte order mark; UTF-16's is refused."""
+    if beginning[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise BrokenFileError("is UTF-16", remedy="convert it to UTF-8 (iconv does)")
+    return beginning.removeprefix(_BYTE_ORDER_MARK)
 
 
 def _skip_line(file: io.BufferedIOBase) -> int:
@@ -329,13 +398,14 @@ def read_arrow(
 
 
 def _columns(source: "TextSource", stretch: "Stretch", names: list[str]) -> list[str]:
-    wanted = [source.text_column]
+    wanted: dict[Literal["text_column", "language_column"], str]
+    wanted = {"text_column": source.text_column}
     if source.language_from == "column":
-        wanted.append(source.language_column)
-    for column in wanted:
+        wanted["language_column"] = source.language_column
+    for setting, column in wanted.items():
         if column not in names:
-            raise _missing_column(column, stretch.path, names)
-    return wanted
+            raise _missing_column(column, stretch.path, names, setting=setting)
+    return list(wanted.values())
 
 
 def _table_documents(

@@ -13,10 +13,13 @@ from typing import Literal
 
 from minilm_jax.data import readers
 from minilm_jax.data.documents import Document
+from minilm_jax.data.skipped import Skipped
 from minilm_jax.errors import DataError
 from minilm_jax.settings import Positive, Settings
 
-Format = Literal["auto", "text", "jsonl", "parquet", "arrow", "huggingface", "tfds", "machine-docs"]
+Format = Literal[
+    "auto", "text", "jsonl", "csv", "parquet", "arrow", "huggingface", "tfds", "machine-docs"
+]
 
 _ENDINGS: dict[str, Format] = {
     ".txt": "text",
@@ -27,6 +30,8 @@ _ENDINGS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
@@ -136,46 +141,47 @@ class Part:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_documents(
-    source: TextSource, *, skipped: Counter[str] | None = None
-) -> Iterator[Document]:
+def read_documents(source: TextSource, *, skipped: Skipped | None = None) -> Iterator[Document]:
     """Yields every document of the source in a fixed order.
 
     Args:
         source: What to read.
-        skipped: Counts, by reason, of what was left out; filled while reading.
+        skipped: What was left out; filled while reading.
 
     Raises:
         DataError: A path does not exist, a column is missing, a file is broken.
     """
-    skipped = Counter() if skipped is None else skipped
+    skipped = skipped or Skipped()
     for part in split_source(source, skipped=skipped):
         yield from read_part(part, skipped=skipped)
 
 
-def read_part(part: Part, *, skipped: Counter[str]) -> Iterator[Document]:
+def read_part(part: Part, *, skipped: Skipped) -> Iterator[Document]:
     """Yields the documents of one part; what is left out is counted by reason in `skipped`."""
+    counts = skipped.counts
     for stretch in part.stretches:
-        found, left_out = False, skipped.total()
+        found, before = False, counts.copy()
         try:
-            for document in _read_stretch(part.source, stretch, skipped):
+            for document in _read_stretch(part.source, stretch, counts):
                 if not document.text.strip():
-                    skipped["empty"] += 1
+                    counts["empty"] += 1
                 elif _is_longer(document.text, part.source.longest_document):
-                    skipped["too long"] += 1
+                    counts["too long"] += 1
                 else:
                     found = True
                     yield document
         except readers.BrokenFileError as error:
             if part.source.broken_files == "stop":
                 raise DataError(
-                    f"{stretch.path}: {error}; repair the file, or set broken_files to keep"
-                    " to go on with what can be read"
+                    f"{stretch.path}: {error}; {error.remedy}, or set broken_files to keep to go on"
+                    " with what can be read"
                 ) from error
-            skipped["broken file"] += 1
+            counts["broken file"] += 1
         # A language that is missing would not be missed otherwise.
-        if not found and skipped.total() == left_out and stretch.stop is None:
-            skipped["no document in a file"] += 1
+        if not found and counts == before and stretch.stop is None:
+            counts["no document in a file"] += 1
+        for reason in counts - before:
+            skipped.name(reason, [stretch.path])
 
 
 def _is_longer(text: str, size: int) -> bool:
@@ -183,14 +189,14 @@ def _is_longer(text: str, size: int) -> bool:
     return 4 * len(text) > size and len(text.encode("utf-8", "surrogatepass")) > size
 
 
-def split_source(source: TextSource, *, skipped: Counter[str] | None = None) -> list[Part]:
+def split_source(source: TextSource, *, skipped: Skipped | None = None) -> list[Part]:
     """Returns the parts of the source: the same for any number of workers.
 
     Large text and table files are cut into many parts, small files are gathered in one. There
     are about 64 parts of at least 1 MiB and at most 256 MiB. Files in folders that hold no text by
     their endings are left out, and counted in `skipped`.
     """
-    skipped = Counter() if skipped is None else skipped
+    skipped = skipped or Skipped()
     if source.format == "machine-docs":
         return [Part(source, (Stretch("", "machine-docs", size=1),))]
     if source.format == "tfds":
@@ -288,7 +294,7 @@ def refuse_inside(source: TextSource, folder: Path) -> None:
             )
 
 
-def _files(source: TextSource, skipped: Counter[str]) -> Iterator[tuple[Path, Format]]:
+def _files(source: TextSource, skipped: Skipped) -> Iterator[tuple[Path, Format]]:
     """Yields each file once, where it is first reached."""
     reached: set[str] = set()
     unread: set[str] = set()
@@ -318,9 +324,9 @@ def _files(source: TextSource, skipped: Counter[str]) -> Iterator[tuple[Path, Fo
                 f"{pattern}: no file with a known ending ({' '.join(_ENDINGS)}, also followed by"
                 " .gz .bz2 .xz .zst); rename the files or set format"
             )
-    left_out = {file for file in unread - reached if Path(file).name.lower() not in _NOT_DATA}
+    left_out = [file for file in unread - reached if Path(file).name.lower() not in _NOT_DATA]
     if left_out:
-        skipped["file of another kind"] += len(left_out)
+        skipped.add("file of another kind", len(left_out), sorted(left_out))
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -381,6 +387,7 @@ def _read_stretch(
     read = {
         "text": readers.read_text,
         "jsonl": readers.read_jsonl,
+        "csv": readers.read_csv,
         "parquet": readers.read_parquet,
         "arrow": readers.read_arrow,
         "tfds": readers.read_tfds,

@@ -53,8 +53,8 @@ def run(config: InspectConfig, *, say: Callable[[str], None] = print) -> Inspect
         share = count.tokens / found.tokens
         name = code or "unknown"
         say(f"language    {name}: {count.documents:,} documents, {share:.1%} of the tokens")
-    for reason, number in sorted(found.skipped.items()):
-        say(f"skipped     {number:,} {reason}")
+    for line in found.skipped.lines():
+        say(f"skipped     {line}")
     say(
         f"{config.layout:<12}{found.efficiency:.2%} of the tokens are text;"
         f" {found.rows_per_epoch:,} rows of {config.sequence_length} an epoch"

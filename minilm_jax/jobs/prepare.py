@@ -56,8 +56,8 @@ def run(config: PrepareConfig, *, say: Callable[[str], None] = print) -> Manifes
             documents = sum(shard.documents for shard in shards)
             tokens = sum(shard.tokens for shard in shards)
             say(f"{split:<9}{documents:>14,} documents {tokens:>18,} tokens")
-    for reason, count in sorted(manifest.skipped.items()):
-        say(f"skipped  {count:>14,} {reason}")
+    for line in manifest.left_out().lines():
+        say(f"skipped  {line}")
     say(f"corpus   {config.output}")
     if not manifest.splits.get("heldout"):
         say("         holds out no document: minilm-jax distill needs some, see --heldout")

@@ -1,7 +1,6 @@
 """The text of a distillation run: tokenised, opened, in batches, masked."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -61,7 +60,6 @@ def tokenise(config: DistillConfig, tokenizer: Tokenizer) -> Path:
 def open_splits(config: DistillConfig, folders: Sequence[Path], tokenizer: Tokenizer) -> Splits:
     """Returns the batches of prepared corpora, known to be of this tokenizer and to have both."""
     made, lines = {}, []
-    skipped: Counter[str] = Counter()
     for split in ("train", "heldout"):
         corpora = [Corpus.open(folder, split=split) for folder in folders]
         for corpus in corpora:
@@ -79,8 +77,7 @@ def open_splits(config: DistillConfig, folders: Sequence[Path], tokenizer: Token
         if split == "train":
             lines += _mixture(made[split], corpora, steps=config.train.steps)
     for corpus in corpora:  # of the last split; what was left out is of both
-        skipped.update(corpus.manifest.skipped)
-    lines += [f"skipped  {count:,} {reason}" for reason, count in sorted(skipped.items())]
+        lines += [f"skipped  {line}" for line in corpus.manifest.left_out().lines()]
     return Splits(**made, lines=tuple(lines))
 
 

@@ -1,11 +1,11 @@
 """The tokenizer job: learns a new vocabulary from text."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from minilm_jax.data.skipped import Skipped
 from minilm_jax.data.sources import TextSource, read_documents, refuse_inside
 from minilm_jax.data.tokenizer_training import train_sentencepiece, train_wordpiece
 from minilm_jax.data.tokenizers import Tokenizer
@@ -36,7 +36,7 @@ def run(config: TokenizerConfig, *, say: Callable[[str], None] = print) -> Token
     """Returns the tokenizer that now lies in the output folder."""
     check("config", config, TokenizerConfig)
     refuse_inside(config.source, config.output)
-    skipped: Counter[str] = Counter()
+    skipped = Skipped()
     documents = read_documents(config.source, skipped=skipped)
     if config.kind == "wordpiece":
         tokenizer = train_wordpiece(
@@ -54,7 +54,7 @@ def run(config: TokenizerConfig, *, say: Callable[[str], None] = print) -> Token
             character_coverage=config.character_coverage,
             longest_input=config.longest_input,
         )
-    for reason, count in sorted(skipped.items()):
-        say(f"skipped    {count:,} {reason}")
+    for line in skipped.lines():
+        say(f"skipped    {line}")
     say(f"vocabulary {tokenizer.vocab_size:,} pieces in {config.output}")
     return tokenizer

@@ -1,11 +1,11 @@
 import gzip
-from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilm_jax.data import sources
+from minilm_jax.data.skipped import Skipped
 from minilm_jax.data.sources import Part, Stretch, TextSource, read_documents, read_part
 from minilm_jax.errors import DataError
 
@@ -52,9 +52,9 @@ def test_what_leads_to_a_text_and_is_not_read_hides_it_from_nobody(tmp_path):
     """A link whose name has no ending stands before the file, in the order of names."""
     (tmp_path / "b.txt").write_text("one")
     (tmp_path / "a").symlink_to(tmp_path / "b.txt")
-    skipped = Counter()
+    skipped = Skipped()
     assert texts(tmp_path, skipped=skipped) == ["one"]
-    assert not skipped
+    assert not skipped.counts
 
 
 def test_machine_docs_need_no_path():
@@ -86,9 +86,9 @@ def test_a_file_that_gives_nothing_is_counted(tmp_path):
     for name, content in {"de": "", "en": "text", "fr": "\n\n \n", "it": "\ufeff"}.items():
         (tmp_path / f"{name}.txt").write_text(content)
     (tmp_path / "ru.txt").write_bytes(b"\xff")
-    skipped = Counter()
+    skipped = Skipped()
     assert texts(tmp_path, skipped=skipped) == ["text"]
-    assert skipped == {"no document in a file": 3, "broken utf-8": 1}
+    assert skipped.counts == {"no document in a file": 3, "broken utf-8": 1}
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,11 +105,11 @@ def test_any_cutting_of_a_file_gives_its_documents_once(tmp_path_factory, lines,
     source = TextSource(paths=(str(path),), documents=documents)
     length = path.stat().st_size
     whole = Part(source, (Stretch(str(path), "text"),))
-    expected = list(read_part(whole, skipped=Counter()))
+    expected = list(read_part(whole, skipped=Skipped()))
     found = []
     for start in range(0, length, size):
         stretch = Stretch(str(path), "text", start, min(start + size, length))
-        found += read_part(Part(source, (stretch,)), skipped=Counter())
+        found += read_part(Part(source, (stretch,)), skipped=Skipped())
     assert found == expected
 
 
@@ -126,9 +126,9 @@ def test_a_large_file_is_cut_into_parts_that_share_it(tmp_path, monkeypatch):
 
 def test_what_is_left_out_is_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good\n\nbr\xffken\n\n" + b"x" * 500 + b"\n\nend\n")
-    skipped = Counter()
+    skipped = Skipped()
     assert texts(tmp_path / "a.txt", skipped=skipped, longest_document=100) == ["good", "end"]
-    assert skipped == {"broken utf-8": 1, "too long": 1}
+    assert skipped.counts == {"broken utf-8": 1, "too long": 1}
     assert (
         texts(tmp_path / "a.txt", broken_text="replace", longest_document=100)[1] == "br\ufffdken"
     )
@@ -139,9 +139,9 @@ def test_json_lines_that_are_no_records_are_counted(tmp_path):
         '{"text": "good"}\n{"text": \n[1]\n{"text": null}\n{"other": 1}\n{"text": "  "}\n'
         '{"text": "half \\ud800 pair"}\n'
     )
-    skipped = Counter()
+    skipped = Skipped()
     assert texts(tmp_path / "a.jsonl", skipped=skipped) == ["good", "half \ufffd pair"]
-    assert skipped == {"broken json": 2, "no text": 2, "empty": 1}
+    assert skipped.counts == {"broken json": 2, "no text": 2, "empty": 1}
 
 
 def test_a_missing_column_names_those_that_are_there(tmp_path):
@@ -155,7 +155,7 @@ def test_a_column_is_missing_from_the_file_and_not_from_where_it_is_cut(tmp_path
     rows = [f'{{"text": "document {i}"}}' for i in range(100)] + ['{"pad": 1}'] * 300
     for found, lines in ((True, rows), (False, rows[::-1])):
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
-        skipped = Counter()
+        skipped = Skipped()
         parts = sources.split_source(TextSource(paths=(str(tmp_path),)))
         assert len(parts) > 3
         for part in parts:
@@ -164,7 +164,7 @@ def test_a_column_is_missing_from_the_file_and_not_from_where_it_is_cut(tmp_path
             else:
                 with pytest.raises(DataError, match="no column 'text'; it has pad"):
                     next(read_part(part, skipped=skipped))
-        assert skipped == ({"no text": 300} if found else {})
+        assert skipped.counts == ({"no text": 300} if found else {})
 
 
 def test_a_json_array_is_refused_wherever_it_is_cut(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_json_array_is_refused_wherever_it_is_cut(tmp_path, monkeypatch):
     assert len(parts) > 3
     for part in parts:
         with pytest.raises(DataError, match="one JSON array"):
-            next(read_part(part, skipped=Counter()))
+            next(read_part(part, skipped=Skipped()))
 
 
 def test_a_truncated_gzip_is_an_error_or_a_counted_break(tmp_path):
@@ -182,9 +182,9 @@ def test_a_truncated_gzip_is_an_error_or_a_counted_break(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a\.txt\.gz.*broken"):
         texts(tmp_path / "a.txt.gz")
-    skipped = Counter()
+    skipped = Skipped()
     found = texts(tmp_path / "a.txt.gz", skipped=skipped, broken_files="keep")
-    assert len(found) > 100 and skipped == {"broken file": 1}
+    assert len(found) > 100 and skipped.counts == {"broken file": 1}
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
@@ -193,9 +193,9 @@ def test_a_compressed_file_without_a_byte_is_broken(tmp_path, ending):
     path.write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.txt\..*is broken"):
         texts(path)
-    skipped = Counter()
+    skipped = Skipped()
     assert texts(path, skipped=skipped, broken_files="keep") == []
-    assert skipped == {"broken file": 1}
+    assert skipped.counts == {"broken file": 1}
 
 
 def test_a_file_is_read_once_however_often_it_is_reached(tmp_path):
@@ -231,3 +231,70 @@ def test_empty_files_have_no_documents(tmp_path):
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_bytes(b"")
     assert texts(tmp_path) == []
+
+
+def test_what_is_left_out_is_told_with_the_first_files(tmp_path):
+    for number in range(5):
+        (tmp_path / f"latin{number}.txt").write_bytes("é\n\nà\n\nplain".encode("latin-1"))
+    (tmp_path / "good.txt").write_text("é")
+    (tmp_path / "figure.png").write_bytes(b"")
+    skipped = Skipped()
+    assert len(texts(tmp_path, skipped=skipped)) == 6
+    broken, other = skipped.lines()
+    first = ", ".join(str(tmp_path / f"latin{number}.txt") for number in range(3))
+    assert broken == f"10 broken utf-8: {first}, …"
+    assert other == f"1 file of another kind: {tmp_path / 'figure.png'}"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.csv", "a.tsv"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named_once_everything_else_is_read(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes("\ufefftext\none\n\ntwo\n".encode(encoding))
+    (tmp_path / "b.txt").write_text("good")
+    with pytest.raises(DataError, match=rf"{name}: is UTF-16; convert it to UTF-8 \(iconv does\)"):
+        texts(tmp_path)
+    skipped = Skipped()
+    assert texts(tmp_path, broken_files="keep", skipped=skipped) == ["good"]
+    assert skipped.lines() == [f"1 broken file: {tmp_path / name}"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".CSV.gz"])
+def test_a_row_of_a_csv_is_a_document(tmp_path, ending):
+    rows = '\ufefflang,text\nen,"one, two\nand ""three"""\n\nde,vier\nxx\nen,\nfr,"br\udce9ken"\n'
+    raw = rows.encode("utf-8", "surrogateescape")
+    (tmp_path / f"a{ending}").write_bytes(gzip.compress(raw) if ending != ".csv" else raw)
+    source = TextSource(paths=(str(tmp_path),), language_from="column", language_column="lang")
+    skipped = Skipped()
+    found = list(read_documents(source, skipped=skipped))
+    assert [d.text for d in found] == ['one, two\nand "three"', "vier"]
+    assert [d.language for d in found] == ["en", "de"]
+    assert skipped.counts == {"row of another width": 1, "empty": 1, "broken utf-8": 1}
+
+
+def test_semicolons_may_divide_a_csv_and_quotes_of_a_tsv_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text('id;text\n1;"one, two"\n')
+    (tmp_path / "b.tsv").write_text('id\ttext\n1\t"three" and\n2\t"four\n')
+    assert texts(tmp_path) == ["one, two", '"three" and', '"four']
+
+
+def test_a_csv_says_what_it_lacks_and_where_it_breaks(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("sentence,label\none,1\n")
+    with pytest.raises(DataError, match="no column 'text'; it has label, sentence: set text_col"):
+        texts(path)
+    assert texts(path, text_column="sentence") == ["one"]
+    with pytest.raises(DataError, match=r"no column 'language'; .* set language_column"):
+        texts(path, text_column="sentence", language_from="column")
+    path.write_text('text\none\n"two\n')
+    with pytest.raises(DataError, match=r"is not CSV .* put a cell with a quote in it in quotes"):
+        texts(path)
+    assert texts(path, broken_files="keep") == ["one"]
+    path.write_text("")
+    with pytest.raises(DataError, match="no column 'text'; it has none"):
+        texts(path)
+
+
+def test_a_cell_of_a_csv_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(f'text\n"{"word " * 50_000}"\nshort\n')
+    assert [len(text) for text in texts(tmp_path)] == [250_000, 5]
+    assert texts(tmp_path, longest_document=1000) == ["short"]
