@@ -113,7 +113,12 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
     configs = {config: getattr(module, config) for config in command.configs}
     config_class = next(iter(configs.values()))
     prog, default = f"minilm-jax {name}", {}
+    description = None  # that of the class
     if command.experiment and arguments and arguments[0] in ("-h", "--help"):
+        description = (
+            f"{prog} FILE --help shows the options and defaults of an experiment. What only some "
+            "have, such as --text.source.paths, is not listed here."
+        )
         prog = f"{prog} EXPERIMENT"
         if command.experiment == "is its field run":
             # The options of one kind of run, where an experiment would say which it is.
@@ -148,7 +153,12 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
         config_class = type(experiment)
         default = {"default": experiment}
     config = tyro.cli(
-        config_class, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), **default
+        config_class,
+        args=arguments,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
+        **default,
     )
     return module, config
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 200
+
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Returns (dotted name, "name: old -> new") of every leaf that differs.
@@ -18,7 +20,13 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str]]:
         return found
     if old == new or _are_one_path(old, new):
         return []
-    return [(prefix, f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}")]
+    return [(prefix, f"{prefix}: {_shown(old)} -> {_shown(new)}")]
+
+
+def _shown(value: Any) -> str:
+    """Returns what tells a value: whole groups of settings would fill the screen."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def dotted_names(settings: Any, prefix: str = "") -> set[str]:

@@ -234,7 +234,7 @@ def test_a_command_can_be_given_from_a_thread(tmp_path, capsys):
     thread = threading.Thread(target=lambda: status.append(cli.main(arguments)))
     thread.start()
     thread.join()
-    assert status == [2] and "is not a prepared corpus" in capsys.readouterr().err
+    assert status == [2] and "does not exist" in capsys.readouterr().err
 
 
 def test_the_version(capsys):
@@ -258,3 +258,10 @@ def test_compiled_programs_are_kept_where_they_can_be(monkeypatch, tmp_path, cap
         assert cli.main(["distil"]) == 2
         assert "did you mean 'distill'" in capsys.readouterr().err
         assert os.environ.get("JAX_COMPILATION_CACHE_DIR") == expected
+
+
+@pytest.mark.parametrize("name", ["distill", "finetune", "plan"])
+def test_help_without_an_experiment_says_that_there_is_more(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    assert f"minilm-jax {name} FILE --help shows" in capsys.readouterr().out

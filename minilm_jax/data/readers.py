@@ -93,7 +93,9 @@ def read_csv(source: "TextSource", stretch: "Stretch", skipped: Counter[str]) ->
         divider = "\t" if tabs else max(",;\t", key=head.count)
         quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
         # What is not UTF-8 is left to each cell.
-        rest = io.TextIOWrapper(cast(IO[bytes], file), "utf-8", errors="surrogateescape", newline="")
+        rest = io.TextIOWrapper(
+            cast(IO[bytes], file), "utf-8", errors="surrogateescape", newline=""
+        )
         lines = itertools.chain([head], rest)
         rows = csv.reader(lines, delimiter=divider, quoting=quoting, strict=True)
         names = next(rows, [])

@@ -108,10 +108,11 @@ def check_start(config: StudentConfig, teacher: EncoderConfig) -> None:
     kept_out = {"init": larger, "embeddings": [name for name in larger if name == "hidden_size"]}
     for setting, names in kept_out.items():
         if getattr(config, setting) == "teacher" and names:
+            name, most = names[0], getattr(teacher, names[0])
+            smaller = f"student.{name} of at most {most}, or " if hasattr(config, name) else ""
             raise ConfigError(
-                f"the student's {names[0]}={getattr(student, names[0])} is larger than the "
-                f"teacher's {getattr(teacher, names[0])} and cannot start from it; use "
-                f"student.{setting}=random"
+                f"the student's {name}={getattr(student, name)} is larger than the teacher's "
+                f"{most} and cannot start from it; use {smaller}student.{setting}=random"
             )
 
 

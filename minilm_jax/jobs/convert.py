@@ -86,7 +86,7 @@ def run(config: ConvertConfig, *, report: Callable[[str], None] = print) -> Path
       UserError: something about source, target or verification; nothing is then left at target.
     """
     check("config", config, ConvertConfig)
-    check_target(config.target)
+    check_target(config.target, source=Path(config.source))
     model = read_model(
         config.source,
         sha256=config.sha256,
@@ -139,14 +139,16 @@ def _parts(model: Model) -> str:
 # Tokenizer
 
 
+_WAY_OUT = "put it there, or pass --tokenizer none"
+
+
 def _tokenizer(model: Model, config: ConvertConfig, scratch: Path) -> tuple[Path, ...]:
     """Returns the tokenizer's files, checked against the vocabulary."""
     if config.tokenizer == "none":
         return ()
-    way_out = "put it there, or pass --tokenizer none"
     folder = model.tokenizer_folder or _beside(Path(config.source), scratch)
     if folder is None:
-        raise CheckpointError(f"{config.source} has no tokenizer: {way_out}")
+        raise CheckpointError(f"{config.source} has no tokenizer: {_WAY_OUT}")
     for file in (folder / name for name in TOKENIZER_FILES):
         if file.is_file():
             with file.open("rb") as opened:
@@ -174,6 +176,8 @@ def _beside(source: Path, scratch: Path) -> Path | None:
 
 def _xlm_tokenizer(model: Model, folder: Path) -> tuple[Path, ...]:
     # XLM's own BPE over a Moses tokenizer is not rebuilt here: the files are checked and copied.
+    if not (folder / "vocab.json").is_file():
+        raise CheckpointError(f"{folder} has no vocab.json, as XLM's tokenizer has: {_WAY_OUT}")
     entries = len(read_json(folder / "vocab.json"))
     if entries > model.config.vocab_size:
         raise CheckpointError(

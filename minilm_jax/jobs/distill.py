@@ -53,7 +53,7 @@ from minilm_jax.train.goodput import Goodput
 from minilm_jax.train.hardware import memory_explained
 from minilm_jax.train.hosts import fail_together, writes
 from minilm_jax.train.loop import Evaluation
-from minilm_jax.train.monitor import plot_loss
+from minilm_jax.train.monitor import decimal, plot_loss
 from minilm_jax.train.optimizer import evaluated_params
 from minilm_jax.train.run_folder import DATA, METRICS, RESULT, STUDENT, check_run, read_json, settle
 from minilm_jax.train.state import TrainState, create_state
@@ -207,7 +207,8 @@ class _Run:
             f"{sizes['tokens']:,} tokens{f', weighted {weights}' if weights else ''}",
             "steps": f"{steps:,} of {config.batch.batch_size:,} × "
             f"{config.batch.sequence_length} tokens",
-            "held-out loss": f"{figures['after']:.4f}, before training {figures['before']:.4f}",
+            "held-out loss": f"{decimal(figures['after'], 4)}, before training "
+            f"{decimal(figures['before'], 4)}",
             **({"not reached by the objective": untrained} if aside else {}),
         }
 
@@ -246,6 +247,7 @@ class _Run:
             return evaluate(start(student))
 
         goodput.lap("startup")
+        self.say("measuring the student and its references on the held-out text …")
         # Functions of the config alone: a resumed run finds the same.
         own = config.student
         figures = {"before": measure(own)}
@@ -291,6 +293,7 @@ class _Run:
             if config.train.export == "best":
                 step, state = checkpoints.restore_best(state, devices.shardings(state))
                 self.say(f"the student is that of step {step}: the lowest held-out loss")
+        self.say("measuring the trained student on the held-out text …")
         params = evaluated_params(state, config.optimizer)
         figures["after"] = evaluate(params)
         parts = heldout.parts()
@@ -397,10 +400,10 @@ def _summarise(result: DistillResult, config: DistillConfig, say: Callable[[str]
     say(f"\nheld-out {config.objective.heldout_name()} (lower is nearer to the teacher)")
     for name, text in lines.items():
         if name in result.heldout:
-            say(f"  {result.heldout[name]:8.4f}  {text}")
+            say(f"  {decimal(result.heldout[name], 4):>8}  {text}")
     for name, value in result.heldout.items():
         if name.startswith("after, "):
-            say(f"  {value:8.4f}  {name}")
+            say(f"  {decimal(value, 4):>8}  {name}")
     plot = config.output / PLOT
     drawn = f", plot {plot}" if plot.exists() else "; a plot needs minilm_jax[plot]"
     student = shlex.quote(result.student)

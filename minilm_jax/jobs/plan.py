@@ -331,7 +331,7 @@ def describe_plan(plan: Plan) -> str:
             f"{duration(plan.seconds_a_step * plan.steps)} in all: an estimate, see docs/tpu.md"
         )
     if plan.fits:
-        lines.append("fits        yes")
+        lines.append("fits        yes, in memory")
     else:
         lines.append(f"fits        no{': ' + plan.refusal if plan.refusal else ''}")
         lines += [f"  try       {line}" for line in plan.advice]

@@ -1,6 +1,7 @@
 """The text of a distillation run: tokenised, opened, in batches, masked."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Splits:
 
 
 def check_source(config: DistillConfig) -> None:
-    """Raises ConfigError where the run's raw text, if it is still needed, holds nothing.
+    """Raises ConfigError where the run's raw text, if it is still needed, holds too little.
 
     DataError where the run's folder lies in one of text.
     """
@@ -37,8 +38,14 @@ def check_source(config: DistillConfig) -> None:
     if source is None or (corpus / MANIFEST).is_file():
         return
     refuse_inside(source, corpus)
-    if next(read_documents(source), None) is None:
+    found = len(list(itertools.islice(read_documents(source), 2)))
+    if found == 0:
         raise ConfigError("text.source holds no document")
+    if found == 1:
+        raise ConfigError(
+            "text.source holds one document, and the held-out loss needs a second one; in a .txt a "
+            "blank line ends a document, with --text.source.documents line every line does"
+        )
 
 
 def tokenise(config: DistillConfig, tokenizer: Tokenizer) -> Path:

@@ -56,5 +56,7 @@ def run(config: TokenizerConfig, *, say: Callable[[str], None] = print) -> Token
         )
     for line in skipped.lines():
         say(f"skipped    {line}")
-    say(f"vocabulary {tokenizer.vocab_size:,} pieces in {config.output}")
+    fewer = tokenizer.vocab_size < config.vocab_size
+    more = f"; the text has not enough for {config.vocab_size:,}" if fewer else ""
+    say(f"vocabulary {tokenizer.vocab_size:,} pieces in {config.output}{more}")
     return tokenizer

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar, cast, get_args
 
-from minilm_jax.errors import ConfigError
+from minilm_jax.errors import ConfigError, DataError
 from minilm_jax.settings import Settings
 from minilm_jax.tasks.examples import QuestionExample, Skips, TextExample
+from minilm_jax.tasks.files import listed_beside
 from minilm_jax.tasks.glue import GLUE, GlueName, read_glue
 from minilm_jax.tasks.languages import MLQA_LANGUAGES, XNLI_LANGUAGES
 from minilm_jax.tasks.mlqa import read_mlqa
@@ -245,6 +246,11 @@ def _own(task: TaskName, data: TaskData, part: Part) -> Path:
         raise ConfigError(
             f"task {task} needs a file for split {part.split!r}: give data.{part.split}"
             + (ways if part.split != "train" else "")
+        )
+    if not file.exists():
+        raise DataError(
+            f"{file}: no such file, and the task's {part.split} data is to be there; give another "
+            f"with --data.{part.split}{listed_beside(file)}"
         )
     return file
 

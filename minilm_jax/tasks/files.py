@@ -31,9 +31,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     if path.is_dir():
         raise DataError(f"{path}: is a folder; give a file in it")
     if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        there = f"; beside it there is {', '.join(beside[:8])}" if beside else ""
-        raise DataError(f"{path}: no such file{there}")
+        raise DataError(f"{path}: no such file{listed_beside(path)}")
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if number == 1:
@@ -41,6 +39,14 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise DataError(f"{path}:1: is UTF-16; convert the file to UTF-8")
             yield f"{path}:{number}", decode(raw, f"{path}:{number}").rstrip("\r\n")
+
+
+def listed_beside(path: Path) -> str:
+    """Returns "; beside it there is …" of a file that is not there: those that end alike first."""
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    files = sorted((p.suffix != path.suffix, p.name) for p in there if not p.name.startswith("."))
+    names = [name for _, name in files]
+    return f"; beside it there is {', '.join(names[:8])}" if names else ""
 
 
 def decode(raw: bytes, origin: str) -> str:
@@ -153,8 +159,8 @@ def _check_header(path: Path, names: Sequence[str], needs: Sequence[str]) -> Non
     if missing:
         raise DataError(
             f"{path}:1: no column {', '.join(map(repr, missing))}; it has"
-            f" {', '.join(f'{name!r:.60}' for name in names)}: the first line names no columns, or"
-            " the file belongs to another task or split"
+            f" {', '.join(f'{name!r:.60}' for name in names)}: rename the column that it is; else"
+            " the first line names no columns, or the file belongs to another task or split"
         )
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:

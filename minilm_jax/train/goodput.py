@@ -122,7 +122,12 @@ class Account:
 
 
 def duration(seconds: float) -> str:
-    """Returns minutes and seconds, or hours, minutes and seconds."""
+    """Returns minutes and seconds, or hours, minutes and seconds; days where there are many."""
+    days = seconds / 86_400
+    if days >= 1000:
+        return f"{days / 365.25:,.1f} years"
+    if days >= 3:
+        return f"{days:.3g} days"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

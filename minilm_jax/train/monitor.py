@@ -121,7 +121,9 @@ class Monitor:
         _append(self._file, {"step": step, HELDOUT: loss})
         for tracker in self._trackers:
             tracker.log(step, {HELDOUT: loss})
-        self._console.print(f"step {step}/{self._steps}  held-out loss {loss:.4f}", highlight=False)
+        self._console.print(
+            f"step {step}/{self._steps}  held-out loss {decimal(loss, 4)}", highlight=False
+        )
 
     def _speed(self, interval: Interval) -> dict[str, float]:
         """Returns figures per second and shares, without those that are not known."""
@@ -159,6 +161,11 @@ class Monitor:
             return
         kept = [line + "\n" for line, row in _read_rows(path) if row["step"] <= step]
         write_atomically(path, "".join(kept))
+
+
+def decimal(value: float, digits: int) -> str:
+    """Returns a loss with so many decimals, or with a power of ten where they would be zeros."""
+    return f"{value:.1e}" if 0 < abs(value) < 10 ** (1 - digits) else f"{value:.{digits}f}"
 
 
 def plot_loss(metrics_path: Path, target: Path) -> bool:
@@ -227,13 +234,13 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _progress_line(metrics: Mapping[str, Any], speed: Mapping[str, float]) -> str:
     """Returns what fits one line of a terminal: the loss and its parts, and how fast it goes."""
     terms = [
-        f"{name} {value:.3f}"
+        f"{name} {decimal(value, 3)}"
         for name, value in metrics.items()
         if isinstance(value, float) and name not in _NOT_TERMS
     ]
     if len(terms) > _TERMS_SHOWN:
         terms = [*terms[:_TERMS_SHOWN], "…"]
-    loss = f"loss {metrics['loss']:.4f}"
+    loss = f"loss {decimal(metrics['loss'], 4)}"
     parts = [f"{loss} ({' '.join(terms)})" if len(terms) > 1 else loss]
     if "learning_rate" in metrics:
         parts.append(f"lr {metrics['learning_rate']:.2g}")

@@ -253,7 +253,16 @@ def test_text_that_is_left_out_is_counted(config, text_file, tmp_path):
     text = dataclasses.replace(config.text, source=TextSource(paths=paths))
     train = TrainConfig(steps=4, log_every=4, save_every=4, devices=1)
     _, said = run(dataclasses.replace(config, text=text, train=train))
-    assert "skipped  1 broken json" in said
+    assert f"skipped  1 broken json: {tmp_path / 'more/cut.jsonl'}" in said
+
+
+def test_text_of_one_document_is_refused_before_anything_is_written(config, tmp_path):
+    (tmp_path / "one.txt").write_text("one\ntwo\n\n \n")
+    source = TextSource(paths=(str(tmp_path / "one.txt"),))
+    small = dataclasses.replace(config, text=dataclasses.replace(config.text, source=source))
+    with pytest.raises(UserError, match=r"one document, and .* --text\.source\.documents line"):
+        run(small)
+    assert not config.output.exists()
 
 
 def test_a_made_up_teacher_needs_text_and_enough_of_it(config, tmp_path):
@@ -367,7 +376,7 @@ def test_a_resumed_run_may_be_divided_otherwise(config):
         ({"text": TextConfig(corpora=(Path("no/such/corpus"),))}, "no/such/corpus"),
         (
             {"student": StudentConfig(hidden_size=96, num_attention_heads=4, init="teacher")},
-            "larger than the teacher's 48",
+            r"teacher's 48 .*; use student\.hidden_size of at most 48, or student\.init",
         ),
         ({"objective": soft_labels()}, "has no mlm head, which this objective learns from"),
     ],

@@ -482,7 +482,7 @@ def test_own_csv_is_quoted_as_spreadsheets_do(tmp_path):
         ("text,label,Text_Pair \nwin,x,y\n", r"there is 'Text_Pair '; the name is 'text_pair'"),
         ("text,label\rwin,x\r", r"a.csv:1: lines end in a carriage return alone"),
         ("\ufeff\ntext,label\n", r"a.csv:1: is empty, where the names of the columns belong"),
-        ("win,x\nhi,y\n", r"a.csv:1: no column 'text', 'label'; it has 'win', 'x': the first line"),
+        ("win,x\nhi,y\n", r"a.csv:1: no column 'text', 'label'; it has 'win', 'x': rename the"),
         ("", r"a.csv: is empty"),
     ]:
         (tmp_path / "a.csv").write_text(content)
@@ -624,4 +624,15 @@ def test_data_comes_from_one_place(tmp_path):
             TaskData(**given)
     with pytest.raises(ConfigError, match="needs a file for split 'dev'"):
         data = TaskData(train=tmp_path)
+        read_part("texts", data, Part(split="dev"), purpose="evaluate", skips=Skips())
+
+
+def test_a_file_that_is_not_there_is_told_with_its_option_and_its_neighbours(tmp_path):
+    for name in ("cases.tsv", "b.csv", ".hidden.tsv"):
+        (tmp_path / name).write_text("text\tlabel\n")
+    data = TaskData(train=tmp_path / "cases.tsv", dev=tmp_path / "dev.tsv")
+    with pytest.raises(
+        DataError,
+        match=r"dev\.tsv: no such file, .*with --data\.dev; beside it there is cases\.tsv, b\.csv$",
+    ):
         read_part("texts", data, Part(split="dev"), purpose="evaluate", skips=Skips())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minilm_jax.train import goodput
-from minilm_jax.train.goodput import Goodput
+from minilm_jax.train.goodput import Goodput, duration
 
 
 class Clock:
@@ -87,3 +87,17 @@ def test_an_unreadable_account_is_begun_anew(said, tmp_path, clock):
     path.write_text(said)
     assert start(path, clock, first=0, last=1, each=1.0).account().starts == 1
     assert len(json.loads(path.read_text())["starts"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (59.6, "1:00"),
+        (7384.0, "2:03:04"),
+        (71 * 3600.0, "71:00:00"),
+        (100 * 3600.0, "4.17 days"),
+        (2.4e8, "7.6 years"),
+    ],
+)
+def test_a_duration_is_in_the_unit_that_is_read(seconds, said):
+    assert duration(seconds) == said

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from minilm_jax.train.hardware import known_chip, peak_flops, peak_memory
-from minilm_jax.train.monitor import Interval, Monitor, plot_loss
+from minilm_jax.train.monitor import Interval, Monitor, decimal, plot_loss
 
 METRICS = {
     "loss": 0.21349,
@@ -119,3 +119,17 @@ def test_memory_is_that_of_the_fullest_device():
     assert peak_memory([device("x", peak=5), device("x", peak=7)]) == 7
     assert peak_memory([device("x")]) is None
     assert peak_memory(jax.devices()) is None  # a CPU keeps no statistics
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0.0000"),
+        (0.78468, "0.7847"),
+        (0.001, "0.0010"),
+        (0.00032, "3.2e-04"),
+        (-3e-9, "-3.0e-09"),
+    ],
+)
+def test_a_small_loss_is_no_zero(value, shown):
+    assert decimal(value, 4) == shown
