@@ -214,7 +214,8 @@ def _family(hf: Mapping[str, Any], name: str) -> Family:
     value = hf.get("model_type", "bert")
     if value not in get_args(Family):
         raise CheckpointError(
-            f"{name}: model_type={value!r:.80} is not one of {', '.join(get_args(Family))}"
+            f"{name}: model_type={value!r:.80} is not one of {', '.join(get_args(Family))}, the "
+            "families that are read (docs/conversion.md)"
         )
     return cast(Family, value)
 
