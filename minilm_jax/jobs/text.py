@@ -11,6 +11,7 @@ from minilm_jax.data.batches import Batches
 from minilm_jax.data.corpus import MANIFEST, Corpus
 from minilm_jax.data.masking import Masking
 from minilm_jax.data.prepare import prepare
+from minilm_jax.data.skipped import Skipped
 from minilm_jax.data.sources import read_documents, refuse_inside
 from minilm_jax.data.tokenizers import Tokenizer
 from minilm_jax.errors import ConfigError, DataError
@@ -38,13 +39,15 @@ def check_source(config: DistillConfig) -> None:
     if source is None or (corpus / MANIFEST).is_file():
         return
     refuse_inside(source, corpus)
-    found = len(list(itertools.islice(read_documents(source), 2)))
+    skipped = Skipped()
+    found = len(list(itertools.islice(read_documents(source, skipped=skipped), 2)))
+    left_out = f" (skipped: {'; '.join(skipped.lines())})" if skipped.counts else ""
     if found == 0:
-        raise ConfigError("text.source holds no document")
+        raise ConfigError(f"text.source holds no document{left_out}")
     if found == 1:
         raise ConfigError(
-            "text.source holds one document, and the held-out loss needs a second one; in a .txt a "
-            "blank line ends a document, with --text.source.documents line every line does"
+            f"text.source holds one document{left_out}, and the held-out loss needs a second "
+            "one; in a .txt a blank line ends a document, with --text.source.documents line every line does"
         )
 
 

@@ -257,10 +257,13 @@ def test_text_that_is_left_out_is_counted(config, text_file, tmp_path):
 
 
 def test_text_of_one_document_is_refused_before_anything_is_written(config, tmp_path):
-    (tmp_path / "one.txt").write_text("one\ntwo\n\n \n")
+    (tmp_path / "one.txt").write_bytes(b"one\ntwo\n\n \nbr\xffken")
     source = TextSource(paths=(str(tmp_path / "one.txt"),))
     small = dataclasses.replace(config, text=dataclasses.replace(config.text, source=source))
-    with pytest.raises(UserError, match=r"one document, and .* --text\.source\.documents line"):
+    with pytest.raises(
+        UserError,
+        match=r"one document \(skipped: 1 broken utf-8: .*one\.txt\), .* --text\.source\.documents line",
+    ):
         run(small)
     assert not config.output.exists()
 
