@@ -47,7 +47,8 @@ def check_source(config: DistillConfig) -> None:
     if found == 1:
         raise ConfigError(
             f"text.source holds one document{left_out}, and the held-out loss needs a second "
-            "one; in a .txt a blank line ends a document, with --text.source.documents line every line does"
+            "one; in a .txt a blank line ends a document, with --text.source.documents line "
+            "every line does"
         )
 
 

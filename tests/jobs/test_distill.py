@@ -262,7 +262,7 @@ def test_text_of_one_document_is_refused_before_anything_is_written(config, tmp_
     small = dataclasses.replace(config, text=dataclasses.replace(config.text, source=source))
     with pytest.raises(
         UserError,
-        match=r"one document \(skipped: 1 broken utf-8: .*one\.txt\), .* --text\.source\.documents line",
+        match=r"one document \(skipped: 1 broken utf-8: .*one\.txt\), .* --text\.source\.documents",
     ):
         run(small)
     assert not config.output.exists()
