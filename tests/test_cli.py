@@ -230,7 +230,7 @@ def test_a_terminal_without_unicode_is_written_to_all_the_same():
 
 def test_a_command_can_be_given_from_a_thread(tmp_path, capsys):
     status = []
-    arguments = ["inspect", "--corpus", str(tmp_path / "none")]
+    arguments = ["inspect", str(tmp_path / "none")]
     thread = threading.Thread(target=lambda: status.append(cli.main(arguments)))
     thread.start()
     thread.join()

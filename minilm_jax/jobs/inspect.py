@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 from minilm_jax.data.batches import Layout
 from minilm_jax.data.corpus import Split, Verify
 from minilm_jax.data.inspection import Inspection, inspect_corpus
@@ -17,7 +19,7 @@ _SHOWN_CHARACTERS = 600
 class InspectConfig(Settings):
     """Show what a prepared corpus holds."""
 
-    corpus: Path
+    corpus: tyro.conf.Positional[Path]
     """Folder made by `minilm-jax prepare`."""
     split: Split = "train"
     """`train` or `heldout`."""

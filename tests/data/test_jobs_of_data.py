@@ -83,4 +83,4 @@ def test_the_options_are_parsed_into_configs(tmp_path):
     assert config.heldout > 0  # or the corpus is refused by `distill`
     command = ["--source.format", "machine-docs", "--output", "o", "--kind", "sentencepiece"]
     assert tyro.cli(tokenizer.TokenizerConfig, args=command).source.paths == ()
-    assert tyro.cli(inspect.InspectConfig, args=["--corpus", "c"]).split == "train"
+    assert tyro.cli(inspect.InspectConfig, args=["c"]).split == "train"
