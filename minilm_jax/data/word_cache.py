@@ -34,9 +34,8 @@ class WordCache:
         """Returns the ids of each text, uint32."""
         split = [self._words(text) for text in texts]
         whole = [text for text, words in zip(texts, split, strict=True) if words is None]
-        self._learn(set().union(*(words for words in split if words is not None)))
+        known = self._learn(set().union(*(words for words in split if words is not None)))
         encoded_whole = iter(self._encode(whole) if whole else [])
-        known = self._known
         return [
             next(encoded_whole)
             if words is None
@@ -44,15 +43,19 @@ class WordCache:
             for words in split
         ]
 
-    def _learn(self, words: set[str]) -> None:
-        new = words - self._known.keys()
-        if len(self._known) + len(new) > _ENTRIES:
-            self._known.clear()
+    def _learn(self, words: set[str]) -> dict[str, bytes]:
+        """Returns what is remembered, these words among it."""
+        known = self._known
+        new = {word for word in words if word not in known}
+        if len(known) + len(new) > _ENTRIES:
+            # Not cleared: another thread may be reading it.
+            known = self._known = {}
             new = words
         # Sorted: a set's order differs between processes, and so would any error's place.
         order = sorted(new)
         for word, ids in zip(order, self._encode(order) if order else [], strict=True):
-            self._known[word] = ids.tobytes()
+            known[word] = ids.tobytes()
+        return known
 
 
 def _bert_words(text: str) -> list[str] | None:

@@ -3,8 +3,9 @@
 All of them need masked tokens.
 """
 
+import copy
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ class VocabularyObjective(Objective):
     cosine_weight: Weight = 0.0
     """Of 1 - cos between last hidden states (Sanh et al. 2019)."""
     mask: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
+    _expected_in_one_block: ClassVar[bool] = False
 
     def check(self, teacher: EncoderConfig, student: EncoderConfig) -> None:
         """Raises ConfigError where a weight is off, or vocabularies or widths must be equal."""
@@ -122,11 +124,15 @@ class VocabularyObjective(Objective):
 
     def for_flop_count(self) -> "VocabularyObjective":
         """Returns the loss with one block in the place of as many as there happen to be."""
-        return _InOneBlock(**vars(self))
+        counted = copy.copy(self)  # of the same class, whatever fields of its own it has
+        object.__setattr__(counted, "_expected_in_one_block", True)
+        return counted
 
     def tokens_a_block(self, batch: Batch, *, share: float) -> int | None:
         """Returns how many of the tokens that count, a share of all, are taken at a time."""
-        return None
+        if not self._expected_in_one_block:
+            return None
+        return max(1, round(share * batch["segments"].size))
 
     def new_params(self, key: Array, teacher: EncoderConfig, student: EncoderConfig) -> Params:
         """Returns a fresh masked LM head, unless nothing but hidden states is compared.
@@ -134,13 +140,6 @@ class VocabularyObjective(Objective):
         The student would be written with it, never trained, as one that predicts tokens.
         """
         return {"mlm": init_mlm(key, student)} if self.soft_weight or self.hard_weight else {}
-
-
-class _InOneBlock(VocabularyObjective):
-    """The same loss of a batch in which as many tokens count as are to be expected."""
-
-    def tokens_a_block(self, batch: Batch, *, share: float) -> int | None:
-        return max(1, round(share * batch["segments"].size))
 
 
 def mlm() -> VocabularyObjective:

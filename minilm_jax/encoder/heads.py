@@ -211,4 +211,6 @@ def pool(
         raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
     if not normalize:
         return found
-    return found / jnp.maximum(jnp.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    # The square root of 0 has no gradient, and a row of padding is to have that of a constant.
+    squared = jnp.sum(found**2, axis=1, keepdims=True)
+    return found / jnp.maximum(jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 1e-12)

@@ -63,3 +63,14 @@ def test_dropout_is_a_function_of_the_global_row():
     none = SequenceClassifier(_CONFIG, 3, 0.0)
     kept = none.apply(params, _HIDDEN, rows=rows, deterministic=False, rngs=rngs)
     np.testing.assert_allclose(kept, head.apply(params, _HIDDEN), atol=1e-6)
+
+
+def test_a_row_of_padding_has_a_gradient():
+    def loss(hidden):
+        segments = jnp.array([[1, 1], [0, 0]])
+        found = pool(hidden, segments=segments, pooling="mean", normalize=True)
+        return jnp.sum(found[0] * jnp.arange(3.0)) + 0.0 * jnp.sum(found[1])
+
+    gradient = jax.grad(loss)(jnp.ones((2, 2, 3)))
+    assert jnp.isfinite(gradient).all()
+    assert jnp.abs(gradient[0]).max() > 0.1

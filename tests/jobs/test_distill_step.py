@@ -11,7 +11,7 @@ from minilm_jax.data.batches import BatchConfig
 from minilm_jax.data.masking import MaskingConfig
 from minilm_jax.distill.objective import Objective
 from minilm_jax.distill.objectives import RelationObjective
-from minilm_jax.distill.vocabulary import mlm, soft_labels
+from minilm_jax.distill.vocabulary import VocabularyObjective, mlm, soft_labels
 from minilm_jax.errors import ConfigError
 from minilm_jax.jobs.distill_step import make_loss, step_flops, step_parts
 from minilm_jax.jobs.plan import describe_teacher
@@ -142,3 +142,23 @@ def test_flops_of_vocabulary_scores_are_those_of_the_tokens_expected_to_count(ob
     # 128, 384 and 2,560 tokens: less than a block of those a step takes, and more.
     assert counted(0.15) - counted(0.05) == 256 * a_token
     assert counted(1.0) - counted(0.15) == (2560 - 384) * a_token
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithAField(VocabularyObjective):
+    """One's own, with a setting of its own."""
+
+    l2: float = 0.1
+
+
+def test_flops_of_an_objective_derived_from_these_are_counted_too():
+    config = load_experiment(f"{SMOKE}:smoke")
+    teacher = describe_teacher(dataclasses.replace(config, objective=soft_labels()))
+
+    def counted(objective):
+        return step_flops(dataclasses.replace(config, objective=objective), teacher, 32)
+
+    own = WithAField(l2=0.5)
+    assert type(own.for_flop_count()) is WithAField
+    assert own.for_flop_count().l2 == 0.5
+    assert counted(own) == counted(soft_labels())
