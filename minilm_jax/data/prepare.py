@@ -18,6 +18,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -634,9 +635,7 @@ def _manifest(
     skipped = unread
     for task in tasks:
         records = _records(task.output, task.part.key)
-        last = records[-1]
-        for reason, count in last.skipped.items():
-            skipped.add(reason, count, last.skipped_files.get(reason, []))
+        skipped.update(Skipped(Counter(records[-1].skipped), records[-1].skipped_files))
         for record in records:
             for split, shard in record.splits.items():
                 if shard.documents:

@@ -24,6 +24,11 @@ class Skipped:
         named = dict.fromkeys([*self.files.get(reason, ()), *files])
         self.files[reason] = list(named)[: _NAMED + 1]
 
+    def update(self, other: "Skipped") -> None:
+        """Adds what was left out elsewhere."""
+        for reason, count in other.counts.items():
+            self.add(reason, count, other.files.get(reason, []))
+
     def lines(self) -> list[str]:
         """Returns a line a reason, such as "51 broken utf-8: a.txt, b.txt"."""
         return [

@@ -87,8 +87,10 @@ def open_splits(config: DistillConfig, folders: Sequence[Path], tokenizer: Token
         )
         if split == "train":
             lines += _mixture(made[split], corpora, steps=config.train.steps)
+    skipped = Skipped()
     for corpus in corpora:  # of the last split; what was left out is of both
-        lines += [f"skipped  {line}" for line in corpus.manifest.left_out().lines()]
+        skipped.update(corpus.manifest.left_out())
+    lines += [f"skipped  {line}" for line in skipped.lines()]
     return Splits(**made, lines=tuple(lines))
 
 

@@ -65,7 +65,7 @@ def leave_out(
         the compiler drops.
     """
     leaves = flatten_dict(frozen)
-    absent = {path: jax.eval_shape(lambda x=leaves[path]: x) for path in paths}
+    absent = {path: jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype) for path in paths}
 
     def completed(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
         zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in absent.items()}

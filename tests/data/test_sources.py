@@ -248,7 +248,7 @@ def test_what_is_left_out_is_told_with_the_first_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.csv", "a.tsv"])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_is_named_once_everything_else_is_read(tmp_path, name, encoding):
+def test_utf_16_is_named_with_the_way_out(tmp_path, name, encoding):
     (tmp_path / name).write_bytes("\ufefftext\none\n\ntwo\n".encode(encoding))
     (tmp_path / "b.txt").write_text("good")
     with pytest.raises(DataError, match=rf"{name}: is UTF-16; convert it to UTF-8 \(iconv does\)"):
