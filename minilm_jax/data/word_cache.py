@@ -34,17 +34,20 @@ class WordCache:
         """Returns the ids of each text, uint32."""
         split = [self._words(text) for text in texts]
         whole = [text for text, words in zip(texts, split, strict=True) if words is None]
-        known = self._learn(set().union(*(words for words in split if words is not None)))
+        ids_of = self._learn(set().union(*(words for words in split if words is not None)))
         encoded_whole = iter(self._encode(whole) if whole else [])
         return [
             next(encoded_whole)
             if words is None
-            else np.frombuffer(b"".join(map(known.__getitem__, words)), np.uint32)
+            else np.frombuffer(b"".join(map(ids_of, words)), np.uint32)
             for words in split
         ]
 
-    def _learn(self, words: set[str]) -> dict[str, bytes]:
-        """Returns what is remembered, these words among it."""
+    def _learn(self, words: set[str]) -> Callable[[str], bytes]:
+        """Returns the look-up that knows these words.
+
+        Not the dictionary: other threads write to it, and who looks through it meets that.
+        """
         known = self._known
         new = {word for word in words if word not in known}
         if len(known) + len(new) > _ENTRIES:
@@ -55,7 +58,7 @@ class WordCache:
         order = sorted(new)
         for word, ids in zip(order, self._encode(order) if order else [], strict=True):
             known[word] = ids.tobytes()
-        return known
+        return known.__getitem__
 
 
 def _bert_words(text: str) -> list[str] | None:
