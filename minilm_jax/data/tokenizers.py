@@ -1,6 +1,7 @@
 """Text to ids and back for the three tokenizer families, and their identity.
 
 Corpus text is untrusted: a literal `[MASK]` or `<s>` in it is text and never becomes a special id.
+Tokens that users added, special ones too, are there to be found in text, and are.
 """
 
 import hashlib
@@ -272,6 +273,15 @@ def load_tokenizer(folder: str | Path, *, vocab_size: int | None = None) -> Toke
         # SentencePiece file tells the truth.
         if SENTENCEPIECE_FILE in names and "vocab.txt" not in names:
             tokenizer = _load_sentencepiece(folder, present)
+            if unknown := _added_names(folder) - set(tokenizer.pieces):
+                # SentencePiece's own file knows nothing of them.
+                if "tokenizer.json" not in names:
+                    raise UnsupportedTokenizerError(
+                        f"{folder}: tokens were added to the vocabulary ({min(unknown)!r}), which"
+                        f" {SENTENCEPIECE_FILE} does not hold; save the tokenizer with"
+                        " transformers once, which writes the tokenizer.json that does"
+                    )
+                tokenizer = _load_json(folder, present)
         elif "tokenizer.json" in names:
             tokenizer = _load_json(folder, present)
         elif "vocab.txt" in names:
@@ -356,16 +366,55 @@ def _load_json(folder: Path, files: tuple[Path, ...]) -> Tokenizer:
             f"{folder}: tokenizer.json holds a model of type {spec['model'].get('type')!r};"
             " WordPiece, BPE and Unigram are known"
         ) from error
-    return _from_spec(spec, kind, folder, files)
+    return _from_spec(_as_configured(spec, folder), kind, folder, files)
+
+
+def _as_configured(spec: dict, folder: Path) -> dict:
+    """Returns the tokenizer with what tokenizer_config.json says of it.
+
+    Where the two files disagree, transformers builds the tokenizer anew by the second.
+    """
+    settings = _read_json(folder / "tokenizer_config.json")
+    if settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        return spec  # these take tokenizer.json as it is
+
+    def configured(part: str, of_type: str, **names: str) -> dict | None:
+        old = spec[part]
+        if old is None or old["type"] != of_type:
+            return old
+        return {**old, **{key: settings[name] for key, name in names.items() if name in settings}}
+
+    return {
+        **spec,
+        "normalizer": configured(
+            "normalizer",
+            "BertNormalizer",
+            lowercase="do_lower_case",
+            strip_accents="strip_accents",
+            handle_chinese_chars="tokenize_chinese_chars",
+        ),
+        "pre_tokenizer": configured(
+            "pre_tokenizer", "ByteLevel", add_prefix_space="add_prefix_space"
+        ),
+    }
 
 
 def _from_spec(spec: dict, kind: Kind, folder: Path, files: tuple[Path, ...]) -> Tokenizer:
     # Baked-in padding and truncation would pad every text to 128 and cut the rest.
     spec = {**spec, "padding": None, "truncation": None}
+    spec = _with_added_tokens(spec, folder)
     whole = rust.Tokenizer.from_str(json.dumps(spec))
     vocab = whole.get_vocab(with_added_tokens=True)
     pieces = _in_id_order(vocab, folder)
-    encoder = rust.Tokenizer.from_str(json.dumps(_without_specials(spec)))
+    special_names = _special_names(folder, kind)
+    disarmed = _without_specials(spec, special_names)
+    encoder = rust.Tokenizer.from_str(json.dumps(disarmed))
+    for token in disarmed["added_tokens"]:
+        if encoder.token_to_id(token["content"]) != vocab[token["content"]]:
+            raise UnsupportedTokenizerError(
+                f"{folder}: a special token is not in the vocabulary itself, and"
+                f" {token['content']!r} was added after it; this order is not supported here"
+            )
 
     def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
         encoded = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -378,11 +427,11 @@ def _from_spec(spec: dict, kind: Kind, folder: Path, files: tuple[Path, ...]) ->
             for e in encoded
         ]
 
-    words = _cacheable_words(spec)
+    words = _cacheable_words(disarmed)
     return Tokenizer(
         kind=kind,
         pieces=pieces,
-        special_names=_special_names(folder, kind),
+        special_names=special_names,
         encode=WordCache(encode_batch, words=words).encode if words else encode_batch,
         locate=locate,
         decode=lambda ids: whole.decode(ids, skip_special_tokens=False),
@@ -393,7 +442,7 @@ def _from_spec(spec: dict, kind: Kind, folder: Path, files: tuple[Path, ...]) ->
 
 def _cacheable_words(spec: dict) -> Literal["bert", "byte-level"] | None:
     """Returns how text falls into words that do not look at each other; None if it may not."""
-    if any(not token["special"] for token in spec["added_tokens"]):
+    if spec["added_tokens"]:
         return None  # such a token may hold spaces
     normalizer, splitter = spec["normalizer"] or {}, spec["pre_tokenizer"] or {}
     match spec["model"]["type"], normalizer.get("type"), splitter.get("type"):
@@ -416,10 +465,59 @@ def _in_id_order(vocab: dict[str, int], folder: Path) -> list[str]:
     return pieces
 
 
-def _without_specials(spec: dict) -> dict:
-    """Returns the tokenizer with special tokens unreachable from text; no id changes."""
-    special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-    spec = {**spec, "added_tokens": [t for t in spec["added_tokens"] if not t["special"]]}
+def _added_tokens(folder: Path) -> dict[str, tuple[int | None, rust.AddedToken]]:
+    """Returns what was added to the vocabulary beside `tokenizer.json`: ids and tokens by name.
+
+    transformers has written this as a map of ids, as `added_tokens.json`, and, for special tokens,
+    as a list without ids, whose tokens may stand in the vocabulary or follow it.
+    """
+    settings = _read_json(folder / "tokenizer_config.json")
+    found: dict[str, tuple[int | None, rust.AddedToken]] = {}
+    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+        flags = {k: v for k, v in token.items() if k not in ("content", "__type")}
+        found[token["content"]] = int(i), rust.AddedToken(token["content"], **flags)
+    special = []
+    for source in (settings, _read_json(folder / "special_tokens_map.json")):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            given = source.get(key) or []
+            given = given.values() if isinstance(given, dict) else given
+            special += [token["content"] if isinstance(token, dict) else token for token in given]
+    for name, i in _read_json(folder / "added_tokens.json").items():
+        token = rust.AddedToken(name, special=name in special, normalized=name not in special)
+        found.setdefault(name, (i, token))
+    for name in special:
+        token = rust.AddedToken(name, special=True, normalized=False)
+        found.setdefault(name, (None, token))
+    return found
+
+
+def _added_names(folder: Path) -> set[str]:
+    spec = _read_json(folder / "tokenizer.json")
+    return {*_added_tokens(folder), *(t["content"] for t in spec.get("added_tokens") or [])}
+
+
+def _with_added_tokens(spec: dict, folder: Path) -> dict:
+    listed = {token["content"] for token in spec["added_tokens"]}
+    added = [entry for name, entry in _added_tokens(folder).items() if name not in listed]
+    if not added:
+        return spec
+    tokenizer = rust.Tokenizer.from_str(json.dumps(spec))
+    for i, token in sorted(added, key=lambda entry: (entry[0] is None, entry[0] or 0)):
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if i is not None and (got := tokenizer.token_to_id(token.content)) != i:
+            raise DataError(
+                f"{folder}: the added token {token.content!r} has id {i}, where the vocabulary"
+                f" leaves {got}; a file of the tokenizer is missing or belongs to another model"
+            )
+    return json.loads(tokenizer.to_str())
+
+
+def _without_specials(spec: dict, special: Sequence[str]) -> dict:
+    """Returns the tokenizer with these tokens unreachable from text; no id changes."""
+    spec = {
+        **spec,
+        "added_tokens": [t for t in spec["added_tokens"] if t["content"] not in special],
+    }
     spec["post_processor"] = None
     if spec["model"]["type"] == "Unigram":
         # Here specials are also pieces that a text can match: rename them to private-use

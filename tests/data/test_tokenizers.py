@@ -74,6 +74,98 @@ def test_literal_special_tokens_stay_text(bert, xlmr_folder):
         assert len(ids) > 10 and not forbidden & set(ids.tolist())
 
 
+ADDED = ["the newtok is here, Hello", "[E1] x [/E1] Ünïcödé", "a<E>b", "[MASK]x"]
+
+
+def same_as_transformers(folder, texts=ADDED[:3]):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.vocab_size == len(theirs)
+    for text, ids in zip(texts, ours.encode(texts), strict=True):
+        assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
+    return ours
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("added_tokens.json", {"newtok": 30522, "[E1]": 30523, "[/E1]": 30524}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"30522": {"content": "newtok", "normalized": True}}},
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"30522": {"content": "[E1]", "special": True}}},
+        ),
+    ],
+)
+def test_tokens_added_to_vocab_txt_are_found_in_text(bert_folder, tmp_path, name, content):
+    copy(bert_folder, tmp_path, "vocab.txt")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / name).write_text(json.dumps(content))
+    ours = same_as_transformers(tmp_path)
+    assert {30522} <= set(np.concatenate(ours.encode(ADDED)).tolist())
+    assert not {ours.mask_id, ours.cls_id} & set(np.concatenate(ours.encode(ADDED)).tolist())
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlmr"])
+def test_tokens_that_users_added_and_saved_are_found_in_text(
+    family, bert_folder, roberta_folder, xlmr_folder, tmp_path
+):
+    import transformers
+
+    folder, name = {
+        "bert": (bert_folder, "BertTokenizer"),
+        "roberta": (roberta_folder, "RobertaTokenizer"),
+        "xlmr": (xlmr_folder, "XLMRobertaTokenizer"),
+    }[family]
+    theirs = getattr(transformers, name).from_pretrained(folder)
+    theirs.add_tokens(["newtok"])
+    theirs.add_special_tokens({"additional_special_tokens": ["[E1]", "[/E1]", "<E>"]})
+    theirs.save_pretrained(tmp_path)
+    if family == "xlmr":  # as transformers 4 saved it, with the file of the model as it was
+        copy(xlmr_folder, tmp_path, module.SENTENCEPIECE_FILE)
+    ours = load_tokenizer(tmp_path)
+    assert ours.vocab_size == len(theirs)
+    for text, ids in zip(ADDED[:3], ours.encode(ADDED[:3]), strict=True):
+        assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
+    forbidden = set(ours.special_ids) - {ours.unk_id}
+    assert not forbidden & set(np.concatenate(ours.encode([*ADDED, LITERALS])).tolist())
+    if family == "xlmr":
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"newtok": ours.vocab_size}))
+        with pytest.raises(module.UnsupportedTokenizerError, match="added to the vocabulary"):
+            load_tokenizer(tmp_path)
+
+
+def test_an_added_token_of_another_vocabulary_is_refused(bert_folder, tmp_path):
+    copy(bert_folder, tmp_path, "vocab.txt")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"newtok": 30999}))
+    with pytest.raises(DataError, match="'newtok' has id 30999, where the vocabulary leaves 30522"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"do_lower_case": False},
+        {"strip_accents": False},
+        {"tokenize_chinese_chars": False},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False},
+    ],
+)
+def test_tokenizer_config_wins_over_tokenizer_json_as_in_transformers(
+    bert_folder, tmp_path, settings_
+):
+    copy(bert_folder, tmp_path, "tokenizer.json")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    settings_ = {"tokenizer_class": "BertTokenizer", **settings_}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_))
+    same_as_transformers(tmp_path, ["Hello Ünïcödé World", "东京タワー 12"])
+
+
 def test_pairs_follow_the_family(bert, xlmr_folder):
     pair = bert.build([5, 6], [7])
     assert pair.ids == [101, 5, 6, 102, 7, 102]
