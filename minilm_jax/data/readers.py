@@ -319,19 +319,20 @@ class _ZstdFile(io.RawIOBase):
         self._module = _import("zstandard", path)
         self._file = Path(path).open("rb")  # noqa: SIM115 — closed with this file
         self._frame: Any = None
-        self._rest = b""
+        self._rest = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._rest:
-            block = self._file.read(1 << 17)
+            # A few bytes can stand for a block of 128 KiB: this much inflates to 128 MiB at most.
+            block = self._file.read(1 << 12)
             if not block:
                 if self._frame is not None:
                     raise EOFError("the file ends inside a frame")
                 return 0
-            self._rest = self._decompress(block)
+            self._rest = memoryview(self._decompress(block))
         size = min(len(buffer), len(self._rest))
         buffer[:size] = self._rest[:size]
         self._rest = self._rest[size:]

@@ -224,16 +224,15 @@ def _widest(length: int, starts: list[int], room: int) -> np.ndarray:
     Context is the smaller one of the tokens to its left and right, and a little for the window's
     length, as in BERT's code.
     """
-    position = np.arange(length)
     best = np.full(length, -1.0)
     widest = np.zeros(length, np.int64)
     for index, start in enumerate(starts):
         stop = min(start + room, length)
-        inside = (position >= start) & (position < stop)
-        score = np.minimum(position - start, stop - 1 - position) + 0.01 * (stop - start)
-        better = inside & (score > best)
-        best = np.where(better, score, best)
-        widest = np.where(better, index, widest)
+        left = np.arange(stop - start)
+        score = np.minimum(left, left[::-1]) + 0.01 * (stop - start)
+        better = score > best[start:stop]
+        best[start:stop][better] = score[better]
+        widest[start:stop][better] = index
     return widest
 
 

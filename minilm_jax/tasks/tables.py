@@ -1,6 +1,7 @@
 """Results as rows of a CSV file, and as Markdown tables laid out like the papers'."""
 
 import csv
+import fcntl
 import io
 import statistics
 from collections import defaultdict
@@ -56,10 +57,13 @@ def append_rows(path: Path, rows: Sequence[ResultRow]) -> None:
       DataError: the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or path.stat().st_size == 0
-    if not new:
-        read_rows(path)
-    with path.open("ab", buffering=0) as file:  # in one piece, whenever the process is killed
+    with path.open("ab", buffering=0) as file:
+        # Two evaluations may share a folder: one of them writes the header.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        new = path.stat().st_size == 0
+        if not new:
+            read_rows(path)
+        # In one piece, whenever the process is killed.
         file.write(_as_csv(rows, header=new).encode())
 
 

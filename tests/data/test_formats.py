@@ -1,5 +1,6 @@
 """Formats of the optional extra: Parquet, Arrow, Hugging Face folders, tfds, zstandard."""
 
+import hashlib
 import json
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from minilm_jax.data import sources
+from minilm_jax.data.readers import _ZstdFile
 from minilm_jax.data.skipped import Skipped
 from minilm_jax.data.sources import TextSource, read_documents
 from minilm_jax.errors import DataError
@@ -102,6 +104,18 @@ def test_a_broken_table_is_named(table, tmp_path, cut):
     (tmp_path / "a.parquet").write_bytes(whole[:cut])
     with pytest.raises(DataError, match=r"a\.parquet.*broken"):
         texts(tmp_path)
+
+
+def test_a_text_of_one_line_over_and_over_is_inflated_a_part_at_a_time(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    text = b"the same line\n" * (5 << 20)
+    (tmp_path / "a.zst").write_bytes(zstandard.ZstdCompressor().compress(text))
+    read = hashlib.sha256()
+    with _ZstdFile(str(tmp_path / "a.zst")) as file:
+        while part := file.read(1 << 20):
+            assert len(file._rest) < len(text) // 1.2
+            read.update(part)
+    assert read.digest() == hashlib.sha256(text).digest()
 
 
 def test_zstandard_frames_and_a_file_that_breaks_off(tmp_path):

@@ -2,11 +2,14 @@
 
 import dataclasses
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from minilm_jax.errors import DataError
 from minilm_jax.tasks import published
+from minilm_jax.tasks import tables as module
 from minilm_jax.tasks.languages import MLQA_LANGUAGES, XNLI_LANGUAGES
 from minilm_jax.tasks.tables import (
     ResultRow,
@@ -95,6 +98,21 @@ def test_rows_come_back_from_the_file(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n")
     with pytest.raises(DataError, match="is no results file of ours"):
         append_rows(tmp_path / "other.csv", rows)
+
+
+def test_rows_that_are_added_at_once_share_a_header(tmp_path, monkeypatch):
+    rows = [row("rte", 70.0 + i) for i in range(4)]
+    path = tmp_path / "results.csv"
+    as_csv = module._as_csv
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.05)
+        return as_csv(*args, **kwargs)
+
+    monkeypatch.setattr(module, "_as_csv", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda x: append_rows(path, [x]), rows))
+    assert sorted(x.value for x in read_rows(path)) == [x.value for x in rows]
 
 
 @pytest.mark.parametrize("kept", [3, 40, -60])
