@@ -13,6 +13,10 @@ class CheckpointError(UserError):
     """A model file or folder is missing, broken or not what it claims to be."""
 
 
+class RestoreError(CheckpointError):
+    """The checkpoint of a run cannot be read, or is not one of this run's state."""
+
+
 class MissingHeadError(CheckpointError):
     """A model file or folder holds no head of the kind that was asked for."""
 

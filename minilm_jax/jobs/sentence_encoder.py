@@ -135,6 +135,11 @@ class SentenceEncoder:
         unpooled = 0
         if prompt and not self.sentence.include_prompt:
             unpooled = 1 + len(self._tokenizer.encode([self._clean(prompt)])[0])
+            if unpooled > self.sentence.max_length - 2:
+                raise ConfigError(
+                    f"prompt has {unpooled - 1} tokens, and max_length is"
+                    f" {self.sentence.max_length}: give a shorter prompt, no text is left"
+                )
         order = np.argsort([-len(ids) for ids in encoded], kind="stable")
         embeddings = np.empty((len(encoded), self.width), np.float32)
         running: deque[tuple[np.ndarray, jax.Array]] = deque()

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from minilm_jax.errors import CheckpointError, first_line
+from minilm_jax.errors import CheckpointError, RestoreError, first_line
 from minilm_jax.train.checksums import find_damage, write_checksums
 from minilm_jax.train.hosts import any_process, wait_for_all, writes
 from minilm_jax.train.state import TrainState
@@ -195,7 +195,7 @@ class Checkpoints:
             return TrainState(**manager.restore(step, args=ocp.args.StandardRestore(target)))
 
     def _agreed(self, step: int, work: Callable[[], Result]) -> Result:
-        """Returns what `work` returns here; CheckpointError where it fails in any process."""
+        """Returns what `work` returns here; RestoreError where it fails in any process."""
         failure = None
         try:
             result = work()
@@ -203,7 +203,7 @@ class Checkpoints:
             failure = error
         if any_process(failure is not None):
             reason = first_line(failure) if failure else "it failed in another process"
-            raise CheckpointError(
+            raise RestoreError(
                 f"checkpoint {self.folder / str(step)} cannot be restored: {reason}; it was "
                 "not changed. Fix the cause and run the same command, or choose another --output"
             ) from failure

@@ -14,7 +14,7 @@ from typing import Any
 
 from minilm_jax.atomic import write_atomically
 from minilm_jax.differences import differences, dotted_names
-from minilm_jax.errors import ConfigError
+from minilm_jax.errors import ConfigError, RestoreError
 
 CONFIG, RESULT, LOCK, METRICS = "config.json", "result.json", ".lock", "metrics.jsonl"
 VERSIONS, DATA = "versions.json", "data.json"
@@ -78,10 +78,22 @@ def open_run(
             raise ConfigError(f"output {folder} is in use by another process") from None
         if (folder / RESULT).exists():
             _compare(folder / CONFIG, config, override=())  # no override makes it another
-        else:
-            settle(folder / CONFIG, config, override=override)
-            _note_versions(folder / VERSIONS, {**versions(), **(code or {})})
-        yield
+            yield
+            return
+        before = read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
+        settle(folder / CONFIG, config, override=override)
+        _note_versions(folder / VERSIONS, {**versions(), **(code or {})})
+        try:
+            yield
+        except RestoreError as error:
+            # The folder stays the run it was, which its own command continues.
+            if before is not None and override:
+                write_json(folder / CONFIG, before)
+                raise RestoreError(
+                    f"{error}; {folder / CONFIG} is as it was before --override"
+                    f" {' '.join(override)}"
+                ) from error
+            raise
 
 
 def check_run(

@@ -30,7 +30,7 @@ from minilm_jax.distill.student import StudentConfig
 from minilm_jax.distill.vocabulary import soft_labels
 from minilm_jax.encoder.config import Compute
 from minilm_jax.encoder.encoder import encode
-from minilm_jax.errors import ConfigError, UserError
+from minilm_jax.errors import CheckpointError, ConfigError, UserError
 from minilm_jax.jobs import distill
 from minilm_jax.jobs.distill_config import (
     ASSISTANT,
@@ -180,6 +180,17 @@ def test_the_best_average_is_what_is_evaluated_and_exported(config):
     assert len(saved["config"]["fingerprints"]["teacher"]) == 64
     assert saved["data"] == json.loads((config.output / "data.json").read_text())
     assert saved["versions"]["jax"] == jax.__version__
+
+
+def test_an_override_of_what_the_checkpoints_hold_leaves_the_run_as_it_was(config):
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
+    result, _ = run(config)
+    (config.output / "result.json").unlink()
+    average = dataclasses.replace(config.optimizer, ema_decay=0.5)
+    other = dataclasses.replace(config, optimizer=average, override=("optimizer.ema_decay",))
+    with pytest.raises(CheckpointError, match="is as it was before --override opt"):
+        run(other)
+    assert run(config)[0].heldout == result.heldout
 
 
 def test_minilmv2_with_other_heads_and_a_lower_layer(config):

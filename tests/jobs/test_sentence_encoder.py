@@ -118,6 +118,20 @@ def test_prompts_as_the_model_says(folder, tmp_path, include_prompt):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+def test_a_prompt_that_leaves_no_room_for_the_text_is_refused(folder, tmp_path):
+    model = sentence_folder(folder, tmp_path / "model", include_prompt=False)
+    encoder = SentenceEncoder(model)
+    length = encoder.sentence.max_length
+    words = len(encoder._tokenizer.encode(["the " * 10])[0]) // 10
+    room = (length - 3) // words
+    assert np.abs(encoder(["value"], prompt="the " * room)).sum() > 0
+    for more in (1, 2, 50):
+        with pytest.raises(
+            ConfigError, match=rf"prompt has \d+ tokens, and max_length is {length}"
+        ):
+            encoder(["value"], prompt="the " * (room + more))
+
+
 def test_what_a_user_gets_wrong(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"no modules\.json; give pooling='mean' or pooling='c"):
         SentenceEncoder(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minilm_jax.errors import ConfigError
+from minilm_jax.errors import ConfigError, RestoreError
 from minilm_jax.train.run_folder import CONFIG, METRICS, RESULT, check_run, open_run
 
 CONFIG_A = {"steps": 10, "optimizer": {"learning_rate": 0.1, "b1": 0.9}, "layers": (1, 2)}
@@ -109,6 +109,19 @@ def test_an_override_that_names_something_else_is_said(tmp_path):
     check_run(tmp_path, CONFIG_A, override=("output", "train.devices", "train.hosts.heartbeat_s"))
     with pytest.raises(ConfigError, match=r"override text is no setting of .*config.json lists"):
         check_run(tmp_path, CONFIG_A, override=("text",))
+
+
+def test_an_override_that_no_checkpoint_fits_leaves_the_run_as_it_was(tmp_path):
+    with open_run(tmp_path / "run", {"a": 1}):
+        (tmp_path / "run" / METRICS).write_text("{}\n")
+    message = "no fit; .*config.json is as it was before --override a"
+    with (
+        pytest.raises(RestoreError, match=message),
+        open_run(tmp_path / "run", {"a": 2}, override=("a",)),
+    ):
+        raise RestoreError("no fit")
+    with open_run(tmp_path / "run", {"a": 1}):
+        pass
 
 
 def test_what_a_finished_run_was_can_not_be_overridden(tmp_path):
